@@ -1,0 +1,77 @@
+# The study's commands. Needs Python >= 3.11, GNU make, a C compiler and about 7 GB of disk; `make` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= laptop
+DATA ?=
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test lab lock clean
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 19
+	@echo
+	@echo '  variables: PYTHON=python3.12   the interpreter that the environment is made from'
+	@echo '             PROFILE=laptop      a file of notebooks/profiles'
+	@echo '             DATA=/path          folder of the data sets, for profiles that need one'
+	@echo '             ARGS="-p seeds=[0]" more options for the pipeline; see make reproduce ARGS=--help'
+
+install: $(STAMP)  ## create .venv with the pinned dependencies and this package, editable
+
+# Runs again when the dependencies change. An environment that lost its interpreter or has no pip is made anew.
+$(STAMP): pyproject.toml requirements.lock
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo 'error: $(PYTHON) was not found; install Python >= 3.11 or name one: make install PYTHON=/path/to/python' >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), expected Python >= 3.11; name another:" \
+	    "make install PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --editable .
+	@touch $@
+
+reproduce: $(STAMP)  ## run all notebooks in order; write tables, figures and a report
+	@$(BIN)/python -m blockvit.pipeline --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+# Every step runs, whatever failed before it. The notebooks start from empty folders, so that everything is measured.
+test: $(STAMP)  ## lint, run the tests, and run the notebooks from nothing
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && mkdir "$$work"/{logs,results,figures} || exit 1; \
+	failed=; \
+	step() { \
+	  local name=$$1; shift; \
+	  printf '\n== %s\n' "$$name"; \
+	  "$$@" 2>&1 | tee "$$work/logs/$$name" || failed+=" $$name"; \
+	}; \
+	step lint $(BIN)/ruff check .; \
+	step format $(BIN)/ruff format --check .; \
+	step tests $(BIN)/python -m pytest tests; \
+	step notebooks env BLOCKVIT_RESULTS="$$work/results" BLOCKVIT_FIGURES="$$work/figures" \
+	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1200; \
+	printf '\n== summary\n'; \
+	for name in lint format tests notebooks; do \
+	  printf '%-10s %s\n' "$$name" "$$(tail -n 1 "$$work/logs/$$name")"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab notebooks
+
+# Resolved for every platform and Python >= 3.11, from the default index alone: this machine's settings must not leak in.
+# Pins that still fit are kept; `make lock ARGS=--upgrade` moves them. Only this target needs uv.
+lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv: pip install uv)
+	@command -v uv >/dev/null || { echo 'error: uv was not found; install it with: pip install uv' >&2; exit 1; }
+	@env -u UV_INDEX -u UV_DEFAULT_INDEX -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS \
+	  uv pip compile --no-config --quiet --universal --python-version 3.11 --all-extras --no-annotate \
+	  --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS) pyproject.toml
+
+clean:  ## remove executed notebooks, reports and caches; the environment, downloads and tables stay
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

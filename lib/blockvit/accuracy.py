@@ -1,0 +1,206 @@
+"""The accuracy study: one cell is one training, dense or masked, with its rows and its checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import bench, data, models, results
+from .parallel import map_cells
+from .supermask import BLOG_TARGETS, sparsify, supermask_layers
+from .train import fit, recipe_for
+
+
+@dataclass(frozen=True)
+class AccuracyCell:
+    """One training: ``sparsity`` and ``block_size`` of its supermasks (None and None: dense), and its ``seed``.
+
+    ``targets`` are masked; the seed sets initial weights, scores, the order of pictures and their augmentation.
+    """
+
+    dataset: str
+    model: str
+    block_size: int | None = None
+    sparsity: float | None = None
+    seed: int = 0
+    targets: tuple[str, ...] = BLOG_TARGETS
+
+    def __post_init__(self) -> None:
+        if (self.block_size is None) != (self.sparsity is None):
+            raise ValueError(f"{self}: give both block_size and sparsity, or neither for the dense model")
+
+    @property
+    def name(self) -> str:
+        """The cell as a file name, e.g. ``vit_digits-bs32-sp0.90-seed0``."""
+        sparse = "dense" if self.block_size is None else f"bs{self.block_size}-sp{self.sparsity:.2f}"
+        return f"{self.model}-{sparse}-seed{self.seed}"
+
+    def key(self, **more: Any) -> dict[str, Any]:
+        """The key columns of this cell's rows."""
+        return {
+            "dataset": self.dataset,
+            "model": self.model,
+            "scope": "dense" if self.block_size is None else "+".join(self.targets),
+            "dtype": "float32",
+            "precision": "fp32",
+            "block_size": self.block_size,
+            "sparsity": self.sparsity,
+            "backend": "dense" if self.block_size is None else "supermask",
+            "seed": self.seed,
+            **more,
+        }
+
+    def build(self) -> nn.Module:
+        """The untrained model, masks in place."""
+        torch.manual_seed(self.seed)
+        model = models.create(self.model)
+        if self.block_size is not None:
+            sparsify(model, self.sparsity, self.block_size, targets=self.targets)
+        return model
+
+
+def cells(
+    dataset: str, model: str, block_sizes: Iterable[int], sparsities: Iterable[float], seeds: Sequence[int]
+) -> list[AccuracyCell]:
+    """The grid, dense models first, then seed by seed: a run cut short has one seed everywhere before a second."""
+    grid = [AccuracyCell(dataset, model, seed=seed) for seed in seeds]
+    block_sizes, sparsities = list(block_sizes), list(sparsities)
+    for seed, sparsity, block_size in itertools.product(seeds, sparsities, block_sizes):
+        grid.append(AccuracyCell(dataset, model, block_size, sparsity, seed))
+    return grid
+
+
+def train_cell(
+    cell: AccuracyCell,
+    *,
+    checkpoints: str | os.PathLike[str],
+    data_root: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train a cell, or go on from its checkpoint; returns the model and the rows (without ``environment``'s columns).
+
+    Rows are the final test accuracy in percent (``accuracy``) and the curve, an epoch at a time (``training``).
+    """
+    folder = Path(checkpoints)
+    splits = data.load(cell.dataset, data_root, download=True, cache_dir=folder.parent / "datasets")
+    model = cell.build()
+    how = replace(recipe_for(cell.dataset, **(recipe or {})), seed=cell.seed)
+    history = fit(
+        model,
+        splits,
+        how,
+        device=device,
+        checkpoint=folder / cell.dataset / f"{cell.name}.pt",
+        progress=progress,
+        num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, os.cpu_count() or 1),
+    )
+    final = {"metric": "top1", "value": 100 * history.top1, "unit": "%", "repeats": 1, "epoch": how.epochs}
+    rows = [
+        {**cell.key(**final), "experiment": "accuracy"},
+        {**cell.key(metric="train_seconds", value=history.seconds, unit="s"), "experiment": "accuracy"},
+    ]
+    for record in history.epochs:
+        curve = {"train_loss": (record["train_loss"], "nat"), "top1": (record["test_top1"], "%")}
+        rows += [
+            {
+                **cell.key(epoch=record["epoch"], metric=metric, unit=unit),
+                "value": 100 * value if unit == "%" else value,
+                "experiment": "training",
+            }
+            for metric, (value, unit) in curve.items()
+            if value is not None
+        ]
+    return model, rows
+
+
+def masks(
+    cell: AccuracyCell, checkpoints: str | os.PathLike[str], **arguments: Any
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The learnt block masks of a trained cell by layer, and those of random scores: boolean ``(rows, columns)``.
+
+    ``arguments`` go to ``train_cell``, which finds the cell trained or trains it.
+    """
+    model, _ = train_cell(cell, checkpoints=checkpoints, **arguments)
+    learnt = {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
+    torch.manual_seed(cell.seed)
+    for layer in supermask_layers(model).values():
+        layer.reset_scores()
+    random = {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
+    return learnt, random
+
+
+def _train_and_report(cell: AccuracyCell, **arguments: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    # The model stays behind: its checkpoint is on disk, and weights are a lot to send between processes.
+    rows = train_cell(cell, **arguments)[1]
+    return rows, bench.environment(arguments["device"])
+
+
+def run(
+    grid: Sequence[AccuracyCell],
+    store: results.Store,
+    *,
+    checkpoints: str | os.PathLike[str],
+    data_root: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    remeasure: bool = False,
+    budget_s: float | None = None,
+) -> bench.SweepReport:
+    """Train the cells of ``grid`` that this working copy has not trained yet; each one's rows are written as it ends.
+
+    On a CPU in parallel processes of one thread each; on a GPU one after another. A run that is killed loses at most
+    the current epoch of each cell in progress.
+
+    Args:
+        grid: see ``cells``.
+        store: where rows go.
+        checkpoints: folder for checkpoints, one a cell.
+        data_root: folder of the data set, where it needs one.
+        recipe: changes to the data set's recipe.
+        device: where to train.
+        workers: processes on a CPU; None: one a core.
+        remeasure: train again from the start.
+        budget_s: seconds after which no further cell is begun.
+    """
+    where = bench.environment(device)
+    threads = 1 if torch.device(device).type == "cpu" else None
+    epochs = recipe_for(grid[0].dataset, **(recipe or {})).epochs
+    done = results.Measured.none() if remeasure else store.measured("accuracy", where["device"])
+
+    def is_done(cell: AccuracyCell) -> bool:
+        key = {**where, "threads": threads, "experiment": "accuracy", **cell.key(metric="top1", epoch=epochs)}
+        return key in done
+
+    pending = [cell for cell in grid if not is_done(cell)]
+    if remeasure:
+        for cell in pending:
+            (Path(checkpoints) / cell.dataset / f"{cell.name}.pt").unlink(missing_ok=True)
+    report = bench.SweepReport(kept=len(grid) - len(pending))
+    start = time.perf_counter()
+    work = partial(
+        _train_and_report, checkpoints=str(checkpoints), data_root=data_root, recipe=dict(recipe or {}), device=device
+    )
+    finished = map_cells(work, pending, workers) if threads else ((cell, work(cell)) for cell in pending)
+    for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
+        group = results.new_group()
+        store.append({**environment, "group": group, **row} for row in rows)
+        report.measured += 1
+        if budget_s is not None and time.perf_counter() - start >= budget_s:
+            break
+    report.left = len(pending) - report.measured
+    report.seconds = time.perf_counter() - start
+    return report

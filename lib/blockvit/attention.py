@@ -1,0 +1,177 @@
+"""Multi-head attention whose projections are ordinary linear modules.
+
+``nn.MultiheadAttention`` holds its input projections as bare parameters and never calls ``out_proj``: it reads
+``out_proj.weight``. A masked or block-sparse layer put in its place would be ignored without a word. Here ``qkv`` and
+``out_proj`` are modules that are called, so that whatever stands there takes effect.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .targets import replace_modules
+
+
+class MultiheadAttention(nn.Module):
+    """Drop-in for ``nn.MultiheadAttention`` with the same call, outputs and (through a load hook) checkpoints.
+
+    Submodules: ``qkv`` ``(3 * embed_dim, embed_dim)`` and ``out_proj`` ``(embed_dim, embed_dim)``; where keys or
+    values have their own width, ``q_proj``, ``k_proj`` and ``v_proj`` instead of ``qkv``.
+
+    Built by ``from_torch``. Attention runs through ``scaled_dot_product_attention`` unless weights are asked for.
+    """
+
+    # nn.TransformerEncoderLayer takes a fused inference path that reads weights instead of calling modules; these two
+    # attributes, which it asks for first, keep it from doing so.
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, embed_dim: int, num_heads: int, *, dropout: float = 0.0, batch_first: bool = False) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.dropout, self.batch_first = dropout, batch_first
+        self.register_load_state_dict_pre_hook(rename_packed_projection)
+
+    @classmethod
+    def from_torch(cls, mha: nn.MultiheadAttention) -> MultiheadAttention:
+        """Take over the parameters of ``mha`` (shared where they keep their shape); same outputs.
+
+        Raises:
+            NotImplementedError: ``mha`` was made with ``add_bias_kv`` or ``add_zero_attn``.
+        """
+        if mha.bias_k is not None or mha.bias_v is not None or mha.add_zero_attn:
+            raise NotImplementedError(
+                "nn.MultiheadAttention with add_bias_kv or add_zero_attn is not supported; "
+                "build the model without them, or exchange this module yourself"
+            )
+        new = cls(mha.embed_dim, mha.num_heads, dropout=mha.dropout, batch_first=mha.batch_first)
+        bias = mha.in_proj_bias
+        if mha._qkv_same_embed_dim:
+            new.qkv = _linear(mha.in_proj_weight, bias)
+        else:
+            biases = (None, None, None) if bias is None else bias.detach().chunk(3)
+            for name, b in zip("qkv", biases, strict=True):
+                weight = getattr(mha, f"{name}_proj_weight")
+                setattr(new, f"{name}_proj", _linear(weight, None if b is None else nn.Parameter(b.clone())))
+        new.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
+        return new.train(mha.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention.forward``.
+
+        ``query`` is ``(N, L, E)`` if ``batch_first``, else ``(L, N, E)``, or ``(L, E)`` unbatched; ``key`` and
+        ``value`` alike with length S. Boolean masks are True where attention is *not* allowed. Returns the output,
+        shaped as ``query``, and the attention weights ``(N, L, S)`` (``(N, heads, L, S)`` unless averaged) or None.
+        """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask; pass the causal attn_mask with it")
+        batched = query.dim() == 3
+        shared_input = key is query and value is query
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+
+        q, k, v = (self._split_heads(t) for t in self._project(query, key, value, shared_input))
+        mask = self._merge_masks(attn_mask, key_padding_mask, q)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            attended, weights = _attend_with_weights(q, k, v, mask, dropout)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            attended, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+        out = self.out_proj(attended.transpose(1, 2).flatten(2))
+
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if not hasattr(self, "qkv"):
+            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if shared:
+            return self.qkv(query).chunk(3, dim=-1)
+        # Cross attention through one module: `qkv` may be masked or block-sparse, so its weight cannot be sliced here;
+        # each input goes through all of it and the third that belongs to it is kept.
+        return tuple(self.qkv(t).chunk(3, dim=-1)[i] for i, t in enumerate((query, key, value)))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+        """One additive mask that broadcasts to ``(N, heads, L, S)``, or None."""
+        merged = None
+        if attn_mask is not None:
+            merged = _additive(attn_mask, q)
+            if merged.dim() == 3:  # (N * heads, L, S)
+                merged = merged.unflatten(0, (q.shape[0], self.num_heads))
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q)[:, None, None, :]
+            merged = padding if merged is None else merged + padding
+        return merged
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight, linear.bias = weight, bias
+    return linear
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    return mask.to(like.dtype)
+
+
+def _attend_with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), p=dropout)
+    return weights @ v, weights
+
+
+def rename_packed_projection(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    """Let checkpoints of ``nn.MultiheadAttention`` load: ``in_proj_weight`` is ``qkv.weight`` here."""
+    for name in ("weight", "bias"):
+        packed = state_dict.pop(f"{prefix}in_proj_{name}", None)
+        if packed is not None and hasattr(module, "qkv"):
+            state_dict[f"{prefix}qkv.{name}"] = packed
+        elif packed is not None:
+            for part, chunk in zip("qkv", packed.chunk(3), strict=True):
+                state_dict[f"{prefix}{part}_proj.{name}"] = chunk
+    for part in "qkv":
+        if f"{prefix}{part}_proj_weight" in state_dict:
+            state_dict[f"{prefix}{part}_proj.weight"] = state_dict.pop(f"{prefix}{part}_proj_weight")
+
+
+def expose_projections(model: nn.Module) -> nn.Module:
+    """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs."""
+    found = [name for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention]
+    if "" in found:
+        raise ValueError("the model is itself an nn.MultiheadAttention; use MultiheadAttention.from_torch on it")
+    replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # its fused path for padded batches asks for in_proj_weight
+            module.use_nested_tensor = False
+    return model

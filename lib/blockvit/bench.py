@@ -1,0 +1,316 @@
+"""Timing: one timer, one way to sweep.
+
+Variants that are to be compared are measured interleaved, one call each a round in an order that changes from round to
+round, so that drift of a shared or warming machine falls on all of them alike. A sweep measures groups of variants,
+writes each group as soon as it is measured, and leaves out what this working copy has measured before.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import results
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype that activations and weights have in each precision class."""
+
+TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
+"""Largest accepted error against the dense result, relative to the largest dense output, by precision class."""
+
+
+BUSY = 0.1
+"""Share of the cores' time that other processes may take before a sweep warns."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, from ``len(samples)`` samples."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The 50th percentile, in seconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def low(self) -> float:
+        """The 20th percentile, in seconds."""
+        return float(np.quantile(self.samples, 0.2))
+
+    @property
+    def high(self) -> float:
+        """The 80th percentile, in seconds."""
+        return float(np.quantile(self.samples, 0.8))
+
+
+class Clock:
+    """Times calls on a CPU by the monotonic clock."""
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Seconds that ``repeats`` calls took in all."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - start
+
+
+class CudaClock(Clock):
+    """Times calls on a GPU by events on the current stream; waits for the device before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Seconds between an event before the first and one behind the last of ``repeats`` calls."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_for(device: torch.device | str) -> Clock:
+    """The clock that times work on ``device``."""
+    device = torch.device(device)
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a group of variants.
+
+    Rounds go on until each variant has ``min_repeats`` samples and the group has taken ``seconds``, but not beyond
+    ``max_repeats``. Each sample lasts ``min_sample`` seconds or more: short calls are repeated within it.
+    """
+
+    min_repeats: int = 5
+    max_repeats: int = 50
+    seconds: float = 1.0
+    warmup: int = 1
+    min_sample: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; expected at least 1: first calls compile and allocate")
+        if not 1 <= self.min_repeats <= self.max_repeats:
+            raise ValueError(
+                f"min_repeats is {self.min_repeats}, max_repeats {self.max_repeats}; expected 1 <= min <= max"
+            )
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    clock: Clock | None = None,
+    effort: Effort | None = None,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Time each of ``variants`` in turn, round after round in a changing order; warm-up outside."""
+    clock, effort = clock or Clock(), effort or Effort()
+    repeats = {}
+    for name, call in variants.items():
+        for _ in range(effort.warmup):
+            estimate = clock.seconds(call, 1)
+        repeats[name] = max(1, round(effort.min_sample / max(estimate, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    order, shuffle = list(variants), random.Random(seed).shuffle
+    start = time.perf_counter()
+    for done in range(effort.max_repeats):
+        if done >= effort.min_repeats and time.perf_counter() - start >= effort.seconds:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(clock.seconds(variants[name], repeats[name]) / repeats[name])
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+@contextmanager
+def precision_class(name: str, device: torch.device | str) -> Iterator[torch.dtype]:
+    """Run matrix products in precision class ``name``; gives the dtype that tensors must have.
+
+    Raises:
+        ValueError: unknown class, or ``tf32`` on a device that has none.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"precision is {name!r}; expected one of {list(DTYPES)}")
+    if name == "tf32" and torch.device(device).type != "cuda":
+        raise ValueError(f"precision is 'tf32', which {device} does not have; leave it out of `precisions`")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield DTYPES[name]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def check_close(actual: torch.Tensor, expected: torch.Tensor, precision: str, what: str) -> None:
+    """Raise ``ArithmeticError`` if a variant's output is not the dense one within its precision class's tolerance."""
+    error = float((actual.float() - expected.float()).abs().max())
+    scale = float(expected.float().abs().max())
+    if not error <= TOLERANCE[precision] * scale:  # NaN must fail
+        raise ArithmeticError(
+            f"{what} differs from the dense result by {error:.3g} (largest output {scale:.3g}); expected at most "
+            f"{TOLERANCE[precision]:g} of it in {precision}: the backend is wrong, nothing was written"
+        )
+
+
+def device_name(device: torch.device | str) -> str:
+    """The processor's name as the tables have it."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else results.cpu_name()
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """The columns that say where a row was measured: device, threads, torch and triton version."""
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else None
+    return {"device": device_name(device), "threads": threads, **results.versions()}
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str) -> float | None:
+    """Bytes that ``call`` needs at its peak beyond what is allocated before it; None where that cannot be measured.
+
+    On CUDA from PyTorch's allocator, on Linux from the kernel's high-water mark of resident memory.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+        before = _resident("VmRSS")
+    except OSError:
+        return None
+    call()
+    return float(max(0, _resident("VmHWM") - before))
+
+
+def _resident(field_name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field_name}:")[1].split()[0]) * 1024
+
+
+class Case(Protocol):
+    """A group of variants that are measured together."""
+
+    def keys(self, device: torch.device) -> list[dict[str, Any]]:
+        """The key columns of the rows that must be there for the case to count as measured."""
+
+    def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+        """Measure the group; rows without the columns of ``environment``."""
+
+
+@dataclass
+class SweepReport:
+    """What a sweep did: counts of cases, and notes on what could not be measured."""
+
+    measured: int = 0
+    kept: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.measured} groups measured in {self.seconds:.0f} s, {self.kept} were there already"]
+        if self.left:
+            lines.append(f"{self.left} groups left for the next run: the time budget was spent")
+        return "\n".join(lines + self.notes)
+
+
+def sweep(
+    cases: Iterable[Case],
+    store: results.Store,
+    experiment: str,
+    *,
+    device: torch.device | str = "cpu",
+    effort: Effort | None = None,
+    remeasure: bool = False,
+    budget_s: float | None = None,
+    notes: Sequence[str] = (),
+) -> SweepReport:
+    """Measure ``cases`` in order and append each one's rows as soon as they are there.
+
+    Args:
+        cases: the groups to measure; put those first that make a figure useful early.
+        store: where the rows go.
+        experiment: the table they go to.
+        device: where to run.
+        effort: how long to measure each group.
+        remeasure: measure again what this working copy has measured before.
+        budget_s: seconds after which no further case is begun; a later call goes on.
+        notes: what the caller wants the report to say.
+    """
+    device, effort = torch.device(device), effort or Effort()
+    where = {"experiment": experiment, **environment(device)}
+    done = results.Measured.none() if remeasure else store.measured(experiment, where["device"])
+    report = SweepReport(notes=[*notes, *busy_note()])
+    start = time.perf_counter()
+    pending = []
+    for case in cases:
+        keys = case.keys(device)
+        if keys and all({**where, **key} in done for key in keys):
+            report.kept += 1
+        elif keys:
+            pending.append(case)
+    for case in tqdm(pending, desc=experiment, unit="group", leave=False):
+        if budget_s is not None and time.perf_counter() - start >= budget_s:
+            break
+        group = results.new_group()
+        rows = case.measure(device, effort)
+        store.append({**where, "group": group, **row} for row in rows)
+        report.measured += 1
+    report.left = len(pending) - report.measured
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def busy_note(seconds: float = 0.3) -> list[str]:
+    """A warning if other processes keep this machine's cores busy while this one idles for ``seconds``.
+
+    Multi-threaded kernels wait for their slowest thread, so they suffer from it unevenly: ratios shift, not only times.
+    """
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # all, and of them idle or waiting for a disk
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        total, idle = (after - start for after, start in zip(ticks(), before, strict=True))
+    except OSError:  # not Linux: nothing is known
+        return []
+    busy = 1 - idle / max(1, total)
+    return [f"other processes held {busy:.0%} of the cores when measuring began: ratios may be off"] * (busy > BUSY)
+
+
+def timing_row(timing: Timing, **key: Any) -> dict[str, Any]:
+    """A row of the tables for a measured time."""
+    return {
+        **key,
+        "value": timing.median,
+        "low": timing.low,
+        "high": timing.high,
+        "unit": "s",
+        "repeats": len(timing.samples),
+    }

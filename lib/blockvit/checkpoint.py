@@ -1,0 +1,352 @@
+"""Block-sparse models on disk: safetensors with metadata, and the loader for published SuperBlock checkpoints.
+
+A file holds the BSR parts of every converted layer, the other tensors as they are, and, as JSON in the header, what is
+needed to build the model again: no pickle, no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from .attention import MultiheadAttention, expose_projections, rename_packed_projection
+from .bsr import BSRMatrix, check_block_size
+from .linear import BlockSparseLinear
+from .supermask import block_mask, check_scores, check_sparsity, expand_mask
+from .targets import replace_modules
+
+FORMAT = 1
+
+
+def sha256(source: str | os.PathLike | Mapping[str, Tensor]) -> str:
+    """Hex digest of a file's bytes, or of a state dict's names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    if isinstance(source, Mapping):
+        for name in sorted(source):
+            tensor = source[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    else:
+        with Path(source).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens on the way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # mkstemp's only their owner could read
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike, *, source: str | os.PathLike | Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write a block-sparse ``model`` to ``path`` (``.safetensors``), atomically; returns the path.
+
+    Args:
+        model: what ``to_block_sparse`` returned.
+        path: the file to write; its folder is made.
+        source: what the model was made from, a checkpoint file or a state dict. Its hash is kept, so that ``load`` can
+            tell a cached conversion of this checkpoint from one of another.
+
+    Raises:
+        ValueError: the model has no block-sparse layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sparse = {name: m for name, m in modules.items() if isinstance(m, BlockSparseLinear)}
+    if not sparse:
+        raise ValueError("the model has no block-sparse layers; call blockvit.to_block_sparse(model) before saving it")
+    metadata = {
+        "format": FORMAT,
+        "versions": {"torch": torch.__version__},
+        "model": type(model).__name__,
+        "architecture": _architecture(model),
+        "attention": any(isinstance(m, MultiheadAttention) for m in model.modules()),
+        "source_sha256": None if source is None else sha256(source),
+        "layers": {
+            name: {
+                "shape": [m.out_features, m.in_features],
+                "block_size": m.block_size,
+                "sparsity": round(m.bsr.sparsity, 6),
+                "activation": m.activation,
+            }
+            for name, m in sparse.items()
+        },
+        "identities": [name for name, m in modules.items() if type(m) is nn.Identity],
+    }
+    # Tied weights are written once for each name: safetensors holds no aliases.
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in _state(model).items()}
+    path = Path(path)
+    write_atomically(path, safetensors_bytes(tensors, metadata={"blockvit": json.dumps(metadata)}))
+    return path
+
+
+# What torchvision's VisionTransformer keeps of its arguments under their own names.
+_VIT_ARGUMENTS = (
+    "image_size",
+    "patch_size",
+    "hidden_dim",
+    "mlp_dim",
+    "dropout",
+    "attention_dropout",
+    "num_classes",
+    "representation_size",
+)
+
+
+def _architecture(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments that build a torchvision ``VisionTransformer`` like ``model``; None for anything else."""
+    import torchvision
+
+    plain = type(model) is torchvision.models.VisionTransformer and isinstance(model.conv_proj, nn.Conv2d)
+    if not plain or model.conv_proj.in_channels != 3:
+        return None
+    norm = model.norm_layer  # another one, or another epsilon, would be built wrongly without a word
+    if not isinstance(norm, partial) or (norm.func, norm.args, norm.keywords) != (nn.LayerNorm, (), {"eps": 1e-6}):
+        return None
+    arguments = {name: getattr(model, name) for name in _VIT_ARGUMENTS}
+    arguments["num_layers"] = len(model.encoder.layers)
+    arguments["num_heads"] = model.encoder.layers[0].num_heads
+    return arguments
+
+
+def _build(architecture: dict[str, Any]) -> nn.Module:
+    import torchvision
+
+    with torch.device("meta"):  # every tensor comes from the file: drawing random weights first would take longer
+        return torchvision.models.VisionTransformer(**architecture)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a file that ``save`` wrote: model, layers with block size and sparsity, versions, source hash."""
+    return _read(Path(path), with_tensors=False)[0]
+
+
+def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; write it with blockvit.save(model, path)")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("blockvit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); save or copy it again") from error
+    if header is None:
+        raise ValueError(f"{path} was not written by blockvit.save: it holds no 'blockvit' metadata")
+    metadata = json.loads(header)
+    if metadata["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {metadata['format']}; this version reads format {FORMAT}: convert the model again"
+        )
+    return metadata, tensors
+
+
+def load(
+    path: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    backend: str = "auto",
+    source: str | os.PathLike | Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Read a block-sparse model that ``save`` wrote, in evaluation mode; nothing is converted anew.
+
+    Args:
+        path: the file.
+        model: a dense model of the same architecture, exchanged in place. Not needed for torchvision's
+            ``VisionTransformer``, which is built from the file.
+        backend: ``"auto"``, the preferred one on this machine, or a backend's name.
+        source: what the model should have been made from; raises if the file was made from something else.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, foreign, made from another source, or of another architecture than
+            ``model``; or ``model`` is needed and missing.
+    """
+    path = Path(path)
+    metadata, tensors = _read(path, with_tensors=True)
+    if source is not None and metadata["source_sha256"] != sha256(source):
+        raise ValueError(
+            f"{path} was made from another source (sha256 {metadata['source_sha256']}) than the one given; "
+            "convert and save the model again"
+        )
+    from_file_alone = model is None
+    if from_file_alone:
+        if metadata["architecture"] is None:
+            raise ValueError(
+                f"{path} holds a {metadata['model']}, which cannot be built from the file alone; "
+                "pass a dense model of that architecture: blockvit.load(path, model)"
+            )
+        model = _build(metadata["architecture"])
+    if metadata["attention"]:
+        expose_projections(model)
+    try:
+        _place_layers(model, metadata, tensors, backend)
+    except AttributeError as error:
+        raise ValueError(
+            f"{path} holds a {metadata['model']} that {type(model).__name__} cannot take: {error}"
+        ) from None
+    problems = _mismatches(model, tensors)
+    if problems:
+        raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
+    if not from_file_alone:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in tensors:  # a half-precision file gives a half-precision model
+                tensor.data = tensor.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors, assign=from_file_alone)
+    return model.eval()
+
+
+def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> None:
+    def place(name: str, layer: dict[str, Any], old: nn.Module) -> BlockSparseLinear:
+        there = getattr(old, "out_features", None), getattr(old, "in_features", None)
+        if there != tuple(layer["shape"]):
+            raise ValueError(
+                f"the file is of another architecture than {type(model).__name__}: {name} is "
+                f"{tuple(layer['shape'])} in the file, {there if any(there) else type(old).__name__} in the model"
+            )
+        device = next((t.device for t in _state(old).values() if t.device.type != "meta"), torch.device("cpu"))
+        parts = [tensors[f"{name}.{part}"].to(device) for part in ("crow_indices", "col_indices", "values")]
+        bias = tensors[f"{name}.bias"].to(device) if f"{name}.bias" in tensors else None
+        return BlockSparseLinear(
+            BSRMatrix(*parts, tuple(layer["shape"])).check_indices(),
+            None if bias is None else nn.Parameter(bias, requires_grad=bias.is_floating_point()),
+            backend=backend,
+            activation=layer["activation"],
+        )
+
+    replace_modules(model, {name: partial(place, name, layer) for name, layer in metadata["layers"].items()})
+    replace_modules(model, {name: lambda _: nn.Identity() for name in metadata["identities"]})
+
+
+def _mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What would keep ``tensors`` from loading into ``model``, a line each; empty if nothing does."""
+    expected = _state(model)
+    lines = [f"  missing from the file: {name}" for name in expected if name not in tensors]
+    lines += [f"  not in the model: {name}" for name in tensors if name not in expected]
+    lines += [
+        f"  {name}: {tuple(tensors[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    return lines
+
+
+_SUPERBLOCK_NAME = re.compile(r"sp(?P<sparsity>0?\.\d+)-ts(?P<block_size>\d+)")
+
+
+@torch.no_grad()
+def load_superblock(
+    checkpoint: str | os.PathLike | Mapping[str, Any],
+    model: nn.Module,
+    *,
+    sparsity: float,
+    block_size: int,
+    apply_out_proj_masks: bool = False,
+) -> nn.Module:
+    """Load a published SuperBlock checkpoint into a dense ``model``, its masks folded into the weights, in place.
+
+    Masks of attention output projections are left out by default: the reference implementation put them into
+    ``nn.MultiheadAttention``, which never applied them, so the published accuracy is the accuracy without them.
+
+    Args:
+        checkpoint: path of a ``torch.save`` of ``{"model": state_dict, ...}`` or of a state dict, or either as a dict.
+            Masked layers hold ``weight, bias, scores, shift, scale``; the weight is ``weight * scale + shift``.
+        model: a dense model of the architecture, e.g. ``torchvision.models.vit_b_16()``.
+        sparsity: the linear sparsity it was trained with (not stored in the checkpoint).
+        block_size: its tile size.
+        apply_out_proj_masks: fold the ``out_proj`` masks too.
+
+    Returns:
+        ``model`` in evaluation mode, ready for ``to_block_sparse``.
+
+    Raises:
+        ValueError: a truncated or foreign file; another architecture, block size or (by the file's name) sparsity.
+    """
+    sparsity, block_size = check_sparsity(sparsity), check_block_size(block_size)
+    if not isinstance(checkpoint, Mapping):
+        _check_superblock_name(Path(checkpoint), sparsity, block_size)
+        checkpoint = read_torch_checkpoint(Path(checkpoint))
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"the checkpoint holds a {type(state).__name__}; expected a state dict, or one under the key 'model'"
+        )
+    state = {name.removeprefix("module."): t for name, t in state.items()}
+    masked = [name.removesuffix(".scores") for name in state if name.endswith(".scores")]
+    if not masked:
+        raise ValueError("the checkpoint holds no '.scores': it is no SuperBlock checkpoint; load it as a dense model")
+    for name in masked:
+        if f"{name}.weight" not in state:
+            raise ValueError(f"the checkpoint holds {name}.scores but no {name}.weight; it is damaged: fetch it again")
+        weight, scores = state[f"{name}.weight"], state.pop(f"{name}.scores")
+        weight = weight * state.pop(f"{name}.scale", 1.0) + state.pop(f"{name}.shift", 0.0)
+        expected = tuple(-(-size // block_size) for size in weight.shape)
+        if tuple(scores.shape) != expected:
+            raise ValueError(
+                f"{name}: scores have shape {tuple(scores.shape)}, but a {tuple(weight.shape)} weight in blocks of "
+                f"{block_size} has {expected}; the checkpoint was trained with another block_size"
+            )
+        if apply_out_proj_masks or not name.endswith("out_proj"):
+            check_scores(scores)
+            weight = weight * expand_mask(block_mask(scores, sparsity), block_size, tuple(weight.shape))
+        state[f"{name}.weight"] = weight
+    for name, module in model.named_modules():
+        if isinstance(module, MultiheadAttention):
+            rename_packed_projection(module, state, f"{name}.")
+    problems = _mismatches(model, state)
+    if problems:
+        raise ValueError(
+            f"the checkpoint is of another architecture than {type(model).__name__}:\n" + "\n".join(problems)
+        )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _check_superblock_name(path: Path, sparsity: float, block_size: int) -> None:
+    found = _SUPERBLOCK_NAME.search(path.name)
+    if found and (float(found["sparsity"]), int(found["block_size"])) != (sparsity, block_size):
+        raise ValueError(
+            f"{path.name} says sparsity {found['sparsity']} and block size {found['block_size']}, but sparsity="
+            f"{sparsity} and block_size={block_size} were given; pass the values in the name, or rename the file"
+        )
+
+
+def read_torch_checkpoint(path: Path) -> dict[str, Any]:
+    """``torch.load`` onto the CPU without running code from the file; clear errors for what is no checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint written by torch.save")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, or is no checkpoint: {error}") from error
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged files raise anything: KeyError, EOFError, OSError, ...
+        raise ValueError(f"{path} is truncated or damaged ({error}); fetch or save it again") from error

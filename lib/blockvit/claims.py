@@ -1,0 +1,373 @@
+"""The claims C1 to C11 of the blog post, decided from the tables: per device, with the number that decides.
+
+A claim is decided like for like, as the post measured it: PyTorch's BSR kernels against eager dense PyTorch in the
+same precision. Beside it stands the best backend there is against the fastest dense variant measured. What the tables
+do not hold is "not measured here".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .plots import break_even
+from .results import Store, newest, published, speedups
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
+
+VIT_B_16_LINEARS = ("768x768", "2304x768", "3072x768", "768x3072", "1000x768")
+HEAD = "1000x768"
+LARGE = 4096  # from this size up a square matmul is "large"
+NEAR = 0.95  # a published speedup counts as reached from this share of it on: run to run noise
+
+SMALL_LOSS, LIMITED_LOSS = 1.0, 5.0  # points: the most that is "no meaningful loss" and "limited loss"
+"""The post gives no numbers for its words; the published losses (0.7 to 5 points at 80%, 2 to 19 at 90%) fit these."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tables say of a claim on one device; ``number`` decides, ``ours`` tells of the best backend."""
+
+    verdict: str
+    number: str = ""
+    ours: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"**{self.verdict}**" if self.verdict != OPEN else self.verdict, self.number, self.ours]
+        return "; ".join(part for part in parts if part)
+
+
+NOT_MEASURED = Verdict(OPEN)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One device's rows, as the claims read them.
+
+    ``*_like`` compares PyTorch's BSR kernels with eager dense PyTorch, ``*_best`` every backend with the fastest
+    dense variant of its group.
+    """
+
+    device: str
+    linear_like: pd.DataFrame
+    linear_best: pd.DataFrame
+    vit_like: pd.DataFrame
+    vit_best: pd.DataFrame
+    accuracy: pd.DataFrame
+    conversion: pd.DataFrame
+
+    @classmethod
+    def of(cls, store: Store, device: str) -> Evidence:
+        """Read the tables of ``device``."""
+        linear, vit = (store.read(experiment, device=device) for experiment in ("linear", "vit"))
+        like = [speedups(rows, baseline="eager") for rows in (linear, vit)]
+        like = [rows[(rows["backend"] == "torch") & (rows["compile"] == "eager")] for rows in like]
+        accuracy, conversion = (newest(store.read(name, device=device)) for name in ("accuracy", "conversion"))
+        return cls(
+            device,
+            linear_like=like[0],
+            linear_best=speedups(linear),
+            vit_like=like[1],
+            vit_best=speedups(vit),
+            accuracy=accuracy[accuracy["metric"] == "top1"],
+            conversion=conversion,
+        )
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a GPU: its rows have no CPU thread count."""
+        tables = (self.linear_best, self.vit_best)
+        return any(len(t) and t["threads"].isna().all() for t in tables)
+
+
+def _where(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    for column, value in equal.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def _best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The fastest backend's row of each cell."""
+    return rows.sort_values("speedup", ascending=False).drop_duplicates(by)
+
+
+def _x(value: float) -> str:
+    return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
+
+
+def _by_block(rows: pd.DataFrame) -> str:
+    rows = rows.sort_values("block_size")
+    return ", ".join(f"{_x(r.speedup)} ({int(r.block_size)})" for r in rows.itertuples())
+
+
+def c1(e: Evidence) -> Verdict:
+    """Up to 4.8x on large matmuls."""
+    goal = _published(metric="headline_speedup", scope="linear")["value"].iloc[0]
+
+    def large(rows: pd.DataFrame) -> pd.DataFrame:
+        rows = _where(rows, precision="fp32")
+        if rows.empty:
+            return rows
+        return rows[rows["model"].str.split("x").map(lambda s: min(map(int, s)) >= LARGE)]
+
+    like, best = large(e.linear_like), large(e.linear_best)
+    if like.empty:
+        return NOT_MEASURED
+    top = like["speedup"].max()
+    return Verdict(
+        HOLDS if top >= NEAR * goal else FAILS, f"up to {_x(top)}", f"best here: {_x(best['speedup'].max())}"
+    )
+
+
+def _vit_b_16_cells(rows: pd.DataFrame, precision: str) -> pd.DataFrame:
+    rows = _where(rows, precision=precision)
+    return rows[rows["model"].isin(VIT_B_16_LINEARS)]
+
+
+_CELL = ["model", "tokens", "block_size", "sparsity"]
+
+
+def c2(e: Evidence) -> Verdict:
+    """fp32 linear layers: faster when block size >= 32 or sparsity >= 0.8."""
+
+    def claimed(rows: pd.DataFrame) -> pd.DataFrame:
+        rows = _vit_b_16_cells(rows, "fp32")
+        return rows[(rows["block_size"] >= 32) | (rows["sparsity"] >= 0.8)]
+
+    like, best = claimed(e.linear_like), _best(claimed(e.linear_best), _CELL)
+    if like.empty:
+        return NOT_MEASURED
+    return Verdict(
+        HOLDS if (like["speedup"] > 1).all() else FAILS,
+        f"{_faster(like)}, {_x(like['speedup'].min())} to {_x(like['speedup'].max())}",
+        f"best here: {_faster(best)}, {_x(best['speedup'].min())} to {_x(best['speedup'].max())}",
+    )
+
+
+def _faster(rows: pd.DataFrame) -> str:
+    return f"{(rows['speedup'] > 1).sum()} of {len(rows)} cells faster"
+
+
+def c3(e: Evidence) -> Verdict:
+    """bf16: smaller speedups, usually only for block size >= 64 and higher sparsity."""
+    fp32, bf16 = (_vit_b_16_cells(e.linear_like, precision) for precision in ("fp32", "bf16"))
+    both = bf16.merge(fp32[[*_CELL, "speedup"]], on=_CELL, suffixes=("", "_fp32"))
+    if both.empty:
+        return NOT_MEASURED
+    smaller = (both["speedup"] < both["speedup_fp32"]).mean()
+    faster = bf16[bf16["speedup"] > 1]
+    mostly_large = len(faster) == 0 or (faster["block_size"] >= 64).mean() > 0.5
+    best = _best(_vit_b_16_cells(e.linear_best, "bf16"), _CELL)
+    return Verdict(
+        HOLDS if smaller > 0.5 and mostly_large else FAILS,
+        f"smaller than in fp32 in {smaller:.0%} of cells; {_faster(bf16)}",
+        f"best here: {_faster(best)}, up to {_x(best['speedup'].max())}",
+    )
+
+
+def _vit_b_16(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
+    return _where(rows, model="vit_b_16", scope="mlp", precision="fp32", **equal)
+
+
+def c4(e: Evidence) -> Verdict:
+    """End to end at 90%: 1.24x, 1.37x, 1.65x."""
+    goals = _published(metric="speedup", scope="mlp", model="vit_b_16").set_index("block_size")["value"]
+    like = _vit_b_16(e.vit_like, batch_size=256, sparsity=0.9)
+    like = like[like["block_size"].isin(goals.index)]
+    if set(like["block_size"]) != set(goals.index):
+        return NOT_MEASURED
+    reached = like["speedup"].to_numpy() >= NEAR * goals[like["block_size"]].to_numpy()
+    best = _best(_vit_b_16(e.vit_best, batch_size=256, sparsity=0.9), ["block_size"])
+    return Verdict(HOLDS if reached.all() else FAILS, _by_block(like), f"best here: {_by_block(best)}")
+
+
+def c5(e: Evidence) -> Verdict:
+    """Break-even sparsity 0.86, 0.82, 0.70."""
+    goals = _published(metric="break_even_sparsity").set_index("block_size")["value"]
+
+    def edges(rows: pd.DataFrame) -> dict[int, float | None]:
+        rows = _best(_vit_b_16(rows, batch_size=256), ["block_size", "sparsity"])
+        return {
+            int(block): break_even(list(line["sparsity"]), list(line["speedup"]))
+            for block, line in rows.groupby("block_size")
+            if block in goals.index and line["sparsity"].nunique() >= 3
+        }
+
+    like, best = edges(e.vit_like), edges(e.vit_best)
+    if set(like) != {int(block) for block in goals.index}:
+        return NOT_MEASURED
+
+    def text(found: dict[int, float | None]) -> str:
+        return ", ".join(f"{'never' if edge is None else f'{edge:.2f}'} ({block})" for block, edge in found.items())
+
+    reached = all(edge is not None and edge <= goals[block] / NEAR for block, edge in like.items())
+    return Verdict(HOLDS if reached else FAILS, text(like), f"best here: {text(best)}")
+
+
+def c6(e: Evidence) -> Verdict:
+    """At 90% faster from batch size 16 up; larger blocks win at large batches, smaller break even earlier."""
+    like = _vit_b_16(e.vit_like, sparsity=0.9)
+    sizes = set(like["batch_size"])
+    if not {16.0, 256.0} <= sizes or like["block_size"].nunique() < 2:
+        return NOT_MEASURED
+    large = like[like["batch_size"] >= 16]
+    fast = (large["speedup"] > 1).all()
+    at_most = like[like["batch_size"] == max(sizes)].sort_values("block_size")["speedup"]
+    first = like[like["speedup"] > 1].groupby("block_size")["batch_size"].min()
+    ordered = first.reindex(sorted(like["block_size"].unique())).fillna(float("inf")).is_monotonic_increasing
+    best = _best(_vit_b_16(e.vit_best, sparsity=0.9), ["batch_size", "block_size"])
+    ours = best[best["speedup"] > 1]["batch_size"].min()
+    return Verdict(
+        HOLDS if fast and at_most.is_monotonic_increasing and ordered else FAILS,
+        f"{_faster(large)} from batch 16 up; first faster at batch "
+        + ", ".join(f"{batch:.0f} ({block:.0f})" for block, batch in first.items()),
+        f"best here: from batch {ours:.0f}" if ours == ours else "best here: never",
+    )
+
+
+def c7(e: Evidence) -> Verdict:
+    """On-device hardware is faster at batch size 1."""
+    best = e.vit_best[(e.vit_best["batch_size"] == 1) & (e.vit_best["sparsity"] == 0.9)]
+    best = _where(best, model="vit_b_16", precision="fp32")
+    if e.is_gpu or best.empty:
+        return NOT_MEASURED
+    like = _where(e.vit_like, model="vit_b_16", precision="fp32", batch_size=1, sparsity=0.9)
+    best = best.loc[best["speedup"].idxmax()]
+    seed = f"PyTorch's BSR at best {_x(like['speedup'].max())}, " if len(like) else ""
+    setting = f"{best['backend']}, {best['scope']} at 90%, block {best['block_size']:.0f}"
+    return Verdict(HOLDS if best["speedup_low"] > 1 else FAILS, f"{seed}best backend {_x(best['speedup'])} ({setting})")
+
+
+def _points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Mean points lost against the dense model of the same data set, by cell; ``lost`` and ``top1``."""
+    sparse = accuracy[accuracy["backend"] == "supermask"]
+    cell = ["dataset", "model", "block_size", "sparsity"]
+    top1 = sparse.groupby(cell, as_index=False)["value"].mean().rename(columns={"value": "top1"})
+    dense = accuracy[accuracy["backend"] == "dense"].groupby(["dataset", "model"], as_index=False)["value"].mean()
+    merged = top1.merge(dense.rename(columns={"value": "dense_top1"}), on=["dataset", "model"])
+    return merged.assign(lost=merged["dense_top1"] - merged["top1"])
+
+
+def c8(e: Evidence) -> Verdict:
+    """No meaningful loss to 70%, limited from 80% to 90%, significant from 90%."""
+    lost = _points_lost(e.accuracy)
+    lines, decided = [], []
+    for dataset, cell in lost.groupby("dataset"):
+        s = cell["sparsity"]
+        parts = cell[s <= 0.7], cell[(s >= 0.8) & (s < 0.9)], cell[s >= 0.9]
+        if any(part.empty for part in parts):
+            continue
+        worst = [part["lost"].max() for part in parts]
+        decided.append(worst[0] <= SMALL_LOSS and worst[1] <= LIMITED_LOSS and worst[2] > SMALL_LOSS)
+        lines.append(
+            f"{dataset}: at most {worst[0]:.1f} points lost to 70%, {worst[1]:.1f} from 80% to below 90%, "
+            f"{worst[2]:.1f} from 90%"
+        )
+    return Verdict(HOLDS if all(decided) else FAILS, "; ".join(lines)) if decided else NOT_MEASURED
+
+
+def c9(e: Evidence) -> Verdict:
+    """1.46x with less than 2 points lost, accuracy and speed of the same model."""
+    goal = _published(metric="headline_speedup", scope="mlp")["value"].iloc[0]
+    lost = _points_lost(e.accuracy)
+    on = ["model", "block_size", "sparsity"]
+
+    def fastest(speeds: pd.DataFrame) -> pd.Series | None:
+        points = lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
+        points = points[points["lost"] < 2]
+        return None if points.empty else points.loc[points["speedup"].idxmax()]
+
+    like, best = fastest(e.vit_like), fastest(e.vit_best)
+    if best is None:
+        return NOT_MEASURED
+    decides = best if like is None else like
+
+    def text(point: pd.Series) -> str:
+        return (
+            f"{point['model']} on {point['dataset']}, {point['backend']}: {_x(point['speedup'])} with "
+            f"{point['lost']:.1f} points lost (block {point['block_size']:.0f}, {point['sparsity']:.0%})"
+        )
+
+    ours = "" if like is None or like["backend"] == best["backend"] else f"best here: {text(best)}"
+    return Verdict(HOLDS if decides["speedup"] >= NEAR * goal else FAILS, text(decides), ours)
+
+
+def c10(e: Evidence) -> Verdict:
+    """Folding changes nothing; conversion is done once and cached."""
+    value = e.conversion.groupby("metric")["value"].median()
+    if not {"fold_difference", "load_difference", "convert_seconds", "load_seconds"} <= set(value.index):
+        return NOT_MEASURED
+    same = value["fold_difference"] == 0 and value["load_difference"] == 0
+    return Verdict(
+        HOLDS if same else FAILS,
+        f"largest change of a logit by folding {value['fold_difference']:.3g}, by saving and loading "
+        f"{value['load_difference']:.3g}; converted in {value['convert_seconds']:.2f} s, "
+        f"loaded in {value['load_seconds']:.2f} s",
+    )
+
+
+def c11(e: Evidence) -> Verdict:
+    """Sizes that are no multiple of the block size cannot be converted (lifted here)."""
+    head = _where(e.linear_best, model=HEAD)
+    head = head[head["block_size"].map(lambda b: 1000 % b != 0)]
+    if head.empty:
+        return NOT_MEASURED
+    best = head.loc[head["speedup"].idxmax()]
+    return Verdict(
+        FAILS,
+        f"the {HEAD} head converts in blocks of {', '.join(f'{b:.0f}' for b in sorted(head['block_size'].unique()))}: "
+        f"up to {_x(best['speedup'])} ({best['backend']}, {best['sparsity']:.0%})",
+    )
+
+
+def _published(**equal: object) -> pd.DataFrame:
+    return _where(published(), source="blog", **equal)
+
+
+CLAIMS: dict[str, tuple[str, Callable[[Evidence], Verdict]]] = {
+    "C1": ("Block-sparse kernels reach up to 4.8× over dense on large matmuls at high sparsity.", c1),
+    "C2": ("fp32 linear layers of ViT-B/16: faster when block size ≥ 32 or sparsity ≥ 0.8.", c2),
+    "C3": ("bf16: smaller speedups, usually only for block size ≥ 64 and higher sparsity.", c3),
+    "C4": ("ViT-B/16, batch 256, MLP at 90%: 1.24×, 1.37×, 1.65× for block size 16, 32, 64.", c4),
+    "C5": ("Lowest sparsity with a speedup: 0.86, 0.82, 0.70 for block size 16, 32, 64.", c5),
+    "C6": ("At 90%: faster from batch size 16 up; larger blocks win at large batches, smaller break even earlier.", c6),
+    "C7": ("On-device hardware, unlike server GPUs, gets speedups at batch size 1 (a conjecture).", c7),
+    "C8": ("Accuracy: no meaningful loss to 70%, limited loss from 80% to 90%, significant loss from 90%.", c8),
+    "C9": ("Headline: 1.46× with less than 2 points of top-1 lost.", c9),
+    "C10": ("Folding changes no output; BSR conversion is done once, cached, and needs no code change.", c10),
+    "C11": ("Layers whose size is no multiple of the block size cannot be converted.", c11),
+}
+
+
+def devices(store: Store) -> list[str]:
+    """Every device that has rows, GPUs first."""
+    rows = pd.concat([store.read(name)[["device", "threads"]] for name in ("linear", "vit", "accuracy", "conversion")])
+    if rows.empty:
+        return []
+    on_cpu = rows.groupby("device")["threads"].max().notna()
+    return sorted(on_cpu.index, key=lambda device: (on_cpu[device], device))
+
+
+def decide(store: Store) -> pd.DataFrame:
+    """Every claim on every device: ``id, claim, device, verdict, number, ours``."""
+    rows = []
+    for device in devices(store):
+        evidence = Evidence.of(store, device)
+        for claim_id, (text, decide_one) in CLAIMS.items():
+            found = decide_one(evidence)
+            rows.append((claim_id, text, device, found.verdict, found.number, found.ours))
+    return pd.DataFrame(rows, columns=["id", "claim", "device", "verdict", "number", "ours"])
+
+
+def markdown(store: Store) -> str:
+    """The claims as a Markdown table, a row a claim, a column a device."""
+    decided = decide(store)
+    columns = list(dict.fromkeys(decided["device"]))
+    lines = ["| | Claim of the post | " + " | ".join(columns) + " |", "| --- | --- |" + " --- |" * len(columns)]
+    for claim_id, (text, _) in CLAIMS.items():
+        found = decided[decided["id"] == claim_id].set_index("device")
+        cells = [str(Verdict(*found.loc[device, ["verdict", "number", "ours"]])) for device in columns]
+        lines.append(f"| {claim_id} | {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,195 @@
+"""From trained masks to block-sparse weights: masks into weights, weights into BSR, a table of every layer's fate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from .attention import expose_projections
+from .bsr import check_block_size, zero_blocks
+from .linear import BlockSparseLinear
+from .supermask import SupermaskLinear, block_mask, check_scores, expand_mask, supermask_layers
+from .targets import Targets, matching, replace_modules
+
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Multiply each supermask into its weight, in place; returns ``model``, made of plain layers again.
+
+    The outputs stay the same to the bit. Biases are shared with the masked layers, weights are new.
+
+    Raises:
+        ValueError: the model has no supermask, or scores are NaN.
+    """
+    masked = supermask_layers(model)
+    if not masked:
+        raise ValueError(f"{type(model).__name__} has no supermask layers to fold; call blockvit.sparsify(model) first")
+    for layer in masked.values():
+        check_scores(layer.scores)
+    replace_modules(model, dict.fromkeys(masked, _folded))
+    return model
+
+
+def _folded(masked: nn.Module) -> nn.Module:
+    if isinstance(masked, SupermaskLinear):
+        dense = nn.Linear(masked.in_features, masked.out_features, bias=False, device="meta")
+    else:
+        dense = nn.Conv2d(
+            masked.in_channels,
+            masked.out_channels,
+            masked.kernel_size,
+            masked.stride,
+            masked.padding,
+            masked.dilation,
+            masked.groups,
+            bias=False,
+            padding_mode=masked.padding_mode,
+            device="meta",
+        )
+    dense.weight = nn.Parameter(masked.effective_weight(), requires_grad=masked.weight.requires_grad)
+    dense.bias = masked.bias
+    return dense.train(masked.training)
+
+
+@dataclass(frozen=True)
+class LayerFate:
+    """What conversion does with one layer.
+
+    ``sparsity`` is the fraction of its blocks that are all zero; ``fate`` is ``"converted"``, ``"padded"`` (converted,
+    sizes rounded up to multiples of the block size) or ``"dense"``, and ``reason`` says why it stays dense.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    sparsity: float
+    fate: str
+    reason: str = ""
+
+
+def layer_fates(
+    model: nn.Module, block_size: int, *, targets: Targets | None = None, skip: Targets = (), min_sparsity: float = 0.0
+) -> list[LayerFate]:
+    """What ``to_block_sparse`` would do with each linear and convolution of ``model``; takes the same arguments.
+
+    Attention projections are made modules first, so that they have names (outputs do not change).
+    """
+    block_size = check_block_size(block_size)
+    if supermask_layers(model):
+        raise ValueError("the model still has supermask layers; call blockvit.fold(model) before converting it")
+    expose_projections(model)
+    chosen = None if targets is None else matching(model, targets, skip, types=(nn.Linear,))
+    if targets is None and skip != ():
+        chosen = matching(model, lambda name, module: True, skip, types=(nn.Linear,))
+    return [
+        _fate(name, module, block_size, chosen is None or name in chosen, min_sparsity)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear | nn.Conv2d | BlockSparseLinear)
+    ]
+
+
+def _fate(name: str, module: nn.Module, block_size: int, chosen: bool, min_sparsity: float) -> LayerFate:
+    kind = type(module).__name__
+    if isinstance(module, BlockSparseLinear):
+        shape = (module.out_features, module.in_features)
+        return LayerFate(name, kind, shape, module.bsr.sparsity, _converted(shape, module.block_size))
+    shape = tuple(module.weight.shape)
+    if isinstance(module, nn.Conv2d):
+        zero = float((module.weight == 0).float().mean())
+        return LayerFate(name, kind, shape, zero, "dense", "a convolution; BSR kernels are for linear layers")
+    sparsity = float(zero_blocks(module.weight, block_size).float().mean())
+    if type(module) is not nn.Linear:
+        return LayerFate(name, kind, shape, sparsity, "dense", "a subclass of nn.Linear, which may compute otherwise")
+    if not chosen:
+        return LayerFate(name, kind, shape, sparsity, "dense", "not among the targets")
+    if sparsity == 0:
+        return LayerFate(name, kind, shape, sparsity, "dense", f"no {block_size}x{block_size} block is all zero")
+    if sparsity < min_sparsity:
+        return LayerFate(name, kind, shape, sparsity, "dense", f"sparsity below min_sparsity={min_sparsity:g}")
+    return LayerFate(name, kind, shape, sparsity, _converted(shape, block_size))
+
+
+def _converted(shape: tuple[int, int], block_size: int) -> str:
+    return "padded" if shape[0] % block_size or shape[1] % block_size else "converted"
+
+
+@torch.no_grad()
+def to_block_sparse(
+    model: nn.Module,
+    block_size: int = 32,
+    backend: str = "auto",
+    *,
+    targets: Targets | None = None,
+    skip: Targets = (),
+    min_sparsity: float = 0.0,
+    fuse_gelu: bool = True,
+) -> nn.Module:
+    """Exchange each ``nn.Linear`` that holds zero blocks for a ``BlockSparseLinear``, in place; returns ``model``.
+
+    Args:
+        model: a folded model, or any whose linear weights hold blocks of zeros.
+        block_size: edge length of the blocks; need not divide the layers' sizes, nor be the one trained with.
+        backend: ``"auto"`` or a registered backend's name.
+        targets: which layers to look at, in the language of ``sparsify``; None means every ``nn.Linear``.
+        skip: layers to leave dense, in the same language.
+        min_sparsity: leave layers dense whose fraction of zero blocks is below this.
+        fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it.
+
+    Raises:
+        ValueError: no layer holds a zero block (the message lists each layer's fate), a mask is not folded yet, or a
+            target matches nothing.
+        BackendUnavailableError: the backend cannot run these weights where they are.
+    """
+    fates = layer_fates(model, block_size, targets=targets, skip=skip, min_sparsity=min_sparsity)
+    converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
+    if not converts and not any(f.fate != "dense" for f in fates):
+        listing = "\n".join(f"  {f.name} {f.shape}: {f.reason}" for f in fates)
+        raise ValueError(
+            f"no layer holds a {block_size}x{block_size} block of zeros, so there is nothing to convert:\n{listing}\n"
+            "train with blockvit.sparsify and blockvit.fold, or try a smaller block_size"
+        )
+
+    def convert(linear: nn.Linear) -> BlockSparseLinear:
+        return BlockSparseLinear.from_dense(linear, block_size, backend=backend)
+
+    replace_modules(model, dict.fromkeys(converts, convert))
+    if fuse_gelu:
+        _fuse_gelu(model)
+    return model
+
+
+def _fuse_gelu(model: nn.Module) -> None:
+    # A layer that stands in several places is followed by the GELU in one of them only. And a subclass of
+    # nn.Sequential with its own forward may do anything between two children.
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    for sequence in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
+        children = list(sequence._modules.items())  # not named_children(), which names a shared child once
+        for (_, layer), (name, follower) in pairwise(children):
+            fusable = isinstance(layer, BlockSparseLinear) and layer.activation is None and places[id(layer)] == 1
+            if fusable and type(follower) is nn.GELU:
+                layer.activation = _GELU[follower.approximate]
+                setattr(sequence, name, nn.Identity())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, what backends packed included; memory that is shared counts once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def random_block_mask_(weight: torch.Tensor, sparsity: float, block_size: int, generator: torch.Generator) -> None:
+    """Set a random choice of blocks of ``weight`` to zero, in place: as many as a supermask would drop.
+
+    For measuring speed, which depends on how many blocks stay and hardly on which.
+    """
+    blocks = [-(-size // block_size) for size in weight.shape]
+    mask = block_mask(torch.rand(blocks, generator=generator), sparsity).to(weight.device)
+    weight.mul_(expand_mask(mask, block_size, tuple(weight.shape)))

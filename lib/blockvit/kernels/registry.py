@@ -1,0 +1,100 @@
+"""The contract every backend keeps, and the registry that picks one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bsr import BSRMatrix
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+"""What a linear layer may apply to its output; a backend may fuse it."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for that cannot run here; the message says why and what can."""
+
+
+class Backend(ABC):
+    """One way to compute ``activation(x @ W.T + bias)`` with a block-sparse ``W``.
+
+    A backend has no state: it is used as a class. What it needs of a weight it packs once, at conversion, into plain
+    tensors, which the layer keeps as buffers. Its ``linear`` is made of ``torch.library`` operators (PyTorch's own
+    count), so that ``torch.compile`` and ``torch.export`` can trace it.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
+        """Why this backend cannot run such a weight on ``device``, or None if it can."""
+
+    @classmethod
+    @abstractmethod
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> float:
+        """How ``backend="auto"`` ranks it among those that can run: the highest wins."""
+
+    @staticmethod
+    @abstractmethod
+    def pack(weight: BSRMatrix) -> dict[str, Tensor]:
+        """Tensors in the order that ``linear`` reads. May alias ``weight``'s; never changes them."""
+
+    @staticmethod
+    @abstractmethod
+    def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
+        """``activation(x @ W.T + bias)``.
+
+        ``x`` is ``(tokens, padded in)`` with any strides and at least one token, ``bias`` ``(padded out,)`` or None;
+        the result is ``(tokens, padded out)``.
+        """
+
+
+_BACKENDS: dict[str, type[Backend]] = {}
+
+
+def register(backend: type[Backend]) -> type[Backend]:
+    """Class decorator: make ``backend`` known by its name."""
+    if backend.name in _BACKENDS:
+        raise ValueError(f"a backend named {backend.name!r} is already registered: {_BACKENDS[backend.name]}")
+    _BACKENDS[backend.name] = backend
+    return backend
+
+
+def backends() -> dict[str, type[Backend]]:
+    """All registered backends by name."""
+    return dict(_BACKENDS)
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> type[Backend]:
+    """The backend called ``name``, or the preferred one that can run if ``name`` is ``"auto"``.
+
+    Raises:
+        ValueError: no backend has that name.
+        BackendUnavailableError: it exists but cannot run here; the message says why.
+    """
+    device = torch.device(device)
+    refusals = {n: b.refusal(device, dtype, block_size) for n, b in _BACKENDS.items()}
+    able = [n for n, why in refusals.items() if why is None]
+    if name == "auto":
+        if not able:
+            reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
+            raise BackendUnavailableError(f"no backend runs {dtype} on {device} in blocks of {block_size} ({reasons})")
+        return max((_BACKENDS[n] for n in able), key=lambda b: b.preference(device, dtype, block_size))
+    if name not in _BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected 'auto' or one of {sorted(_BACKENDS)}")
+    if refusals[name] is not None:
+        raise BackendUnavailableError(
+            f"backend {name!r} cannot run {dtype} on {device} in blocks of {block_size}: {refusals[name]}; "
+            f"use backend='auto' or one of {able}"
+        )
+    return _BACKENDS[name]

@@ -1,0 +1,134 @@
+"""``BlockSparseLinear``: one module for every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bsr import BSRMatrix
+from .kernels import ACTIVATIONS, resolve
+
+
+class BlockSparseLinear(nn.Module):
+    """``activation(x @ W.T + bias)`` with a frozen block-sparse ``W``.
+
+    The weight is kept in BSR form (``crow_indices``, ``col_indices``, ``values``: these are the checkpoint) and packed
+    once into the order that the backend reads. Moving the module to another device or dtype packs it again.
+    Differentiable in ``x`` and ``bias``. Under autocast it computes in the weight's own dtype: convert the module to
+    bfloat16 to run in it.
+
+    Args:
+        weight: the block-sparse matrix, ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None; kept as given, so a Parameter stays trainable.
+        backend: a backend's name, or ``"auto"`` for the preferred one that can run where the weight is.
+        activation: None, ``"gelu"`` or ``"gelu_tanh"``, applied to the output.
+
+    Raises:
+        ValueError: unknown backend or activation.
+        BackendUnavailableError: the backend asked for cannot run this weight on its device.
+    """
+
+    def __init__(
+        self,
+        weight: BSRMatrix,
+        bias: Tensor | None = None,
+        *,
+        backend: str = "auto",
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one an output")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; expected one of {list(ACTIVATIONS)}")
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        self.requested_backend = backend
+        self.register_buffer("crow_indices", weight.crow_indices)
+        self.register_buffer("col_indices", weight.col_indices)
+        self.register_buffer("values", weight.values)
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.bias = bias
+        else:
+            self.register_buffer("bias", bias)
+        self._packed_names: tuple[str, ...] = ()
+        self._pack()
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, block_size: int, *, backend: str = "auto", activation: str | None = None
+    ) -> BlockSparseLinear:
+        """Convert ``linear``; blocks that are all zero are left out, the bias is shared."""
+        weight = BSRMatrix.from_dense(linear.weight, block_size)
+        return cls(weight, linear.bias, backend=backend, activation=activation).train(linear.training)
+
+    def _pack(self) -> None:
+        for name in self._packed_names:
+            delattr(self, name)
+        weight = self.bsr
+        self.block_size = weight.block_size
+        padded_out, padded_in = weight.padded_shape
+        self._pad_in, self._pad_out = padded_in - self.in_features, padded_out - self.out_features
+        self.backend = resolve(self.requested_backend, self.values.device, self.values.dtype, self.block_size)
+        packed = self.backend.pack(weight)
+        for key, tensor in packed.items():
+            self.register_buffer(f"_packed_{key}", tensor, persistent=False)
+        self._packed_names = tuple(f"_packed_{key}" for key in packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
+        # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.
+        before = self.values.device, self.values.dtype
+        super()._apply(fn, recurse)
+        if (self.values.device, self.values.dtype) != before:
+            self._pack()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.
+        for name in ("crow_indices", "col_indices", "values"):
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.bsr.check_indices()
+        self._pack()
+
+    @property
+    def bsr(self) -> BSRMatrix:
+        """The weight as a BSR matrix; shares memory with the module's buffers."""
+        return BSRMatrix(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: ``(..., in_features)``, any strides -> ``(..., out_features)``."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"the input's last size is {x.shape[-1]}; expected in_features={self.in_features}")
+        if torch.is_autocast_enabled(x.device.type):
+            # The packed weight has one dtype; casting it in every call, as autocast would, costs more than it saves.
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.to(self.values.dtype))
+        leading = x.shape[:-1]
+        if math.prod(leading) == 0:
+            # A product with nothing, so that the result hangs in the autograd graph as a dense layer's does.
+            return F.linear(x, x.new_zeros(self.out_features, self.in_features), self.bias)
+        x = x.reshape(-1, self.in_features)
+        if self._pad_in:
+            x = F.pad(x, (0, self._pad_in))
+        bias = F.pad(self.bias, (0, self._pad_out)) if self._pad_out and self.bias is not None else self.bias
+        packed = {name.removeprefix("_packed_"): getattr(self, name) for name in self._packed_names}
+        y = self.backend.linear(x, packed, bias, self.activation)
+        if self._pad_out:
+            y = y.narrow(1, 0, self.out_features)
+        return y.reshape(*leading, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes, sparsity and backend, for ``repr``."""
+        bsr = self.bsr
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}, sparsity={bsr.sparsity:.3f}, backend={self.backend.name!r}"
+            + (f", activation={self.activation!r}" if self.activation else "")
+        )

@@ -1,0 +1,383 @@
+"""The tidy tables: one row a measurement, one file a device, appended as soon as something is measured.
+
+``<root>/<experiment>/<device>.csv``, columns ``COLUMNS``. Rows that are to be compared with each other were measured
+interleaved and share a ``group``; ``run`` names the working copy that measured them, so that a rerun in the same copy
+continues while a fresh clone measures everything itself. Appending is one locked write: several processes may append
+to one table, and a killed one leaves whole rows behind.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import io
+import os
+import platform
+import re
+import subprocess
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+KEYS = [
+    "experiment",  # linear | vit | accuracy | training | ceiling | conversion
+    "device",  # the processor's name, with its number of cores if a CPU
+    "threads",  # CPU threads used; empty on a GPU
+    "torch",
+    "triton",
+    "dataset",
+    "model",  # a model's name, or OUTxIN for a single linear layer
+    "scope",  # which layers are sparse: linear | mlp | mlp+attention | ...
+    "dtype",
+    "precision",  # fp32 | tf32 | bf16 | fp16 | int8
+    "batch_size",
+    "tokens",  # rows that a linear layer multiplies; for ViT-B/16, 197 an image
+    "block_size",
+    "sparsity",
+    "backend",  # dense | torch | gather | ...
+    "compile",  # eager, or how it was compiled
+    "seed",
+    "epoch",
+    "metric",
+]
+COLUMNS = [*KEYS, "value", "low", "high", "unit", "repeats", "run", "group", "git_sha", "date"]
+"""``value`` is the median, ``low`` and ``high`` the 20th and 80th percentile of ``repeats`` measurements."""
+
+NUMBERS = [
+    "threads",
+    "batch_size",
+    "tokens",
+    "block_size",
+    "sparsity",
+    "seed",
+    "epoch",
+    "value",
+    "low",
+    "high",
+    "repeats",
+]
+
+
+class Store:
+    """The tables below one folder.
+
+    Args:
+        root: the folder; None means ``$BLOCKVIT_RESULTS`` or, without it, ``data/results`` of this repository.
+    """
+
+    def __init__(self, root: str | os.PathLike | None = None) -> None:
+        self.root = Path(root or os.environ.get("BLOCKVIT_RESULTS") or repository() / "data" / "results").resolve()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    @property
+    def run(self) -> str:
+        """The id of this working copy's run, made at first use and kept in ``<root>/.run``."""
+        path = self.root / ".run"
+        with _writable(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                # Linked into place whole: who finds the file, finds the id in it, however many start at once.
+                draft = path.with_name(f".run.{uuid.uuid4().hex}")
+                try:
+                    draft.write_text(uuid.uuid4().hex[:8])
+                    with suppress(FileExistsError):
+                        path.hardlink_to(draft)
+                finally:
+                    draft.unlink(missing_ok=True)
+        return path.read_text().strip()
+
+    def path(self, experiment: str, device: str) -> Path:
+        """The file that holds an experiment's rows from one device."""
+        return self.root / experiment / f"{slug(device)}.csv"
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``rows`` behind their tables, with run, commit and date filled in; all rows of a table in one write.
+
+        Raises:
+            ValueError: a row has an unknown column or lacks experiment, device, metric or value.
+            OSError: the folder cannot be written or the disk is full; the table is as it was before.
+        """
+        stamp = {"run": self.run, "git_sha": git_sha(), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+        tables: dict[Path, list[dict[str, Any]]] = {}
+        for row in rows:
+            unknown = sorted(set(row) - set(COLUMNS))
+            missing = [c for c in ("experiment", "device", "metric", "value") if row.get(c) in (None, "")]
+            if unknown or missing:
+                raise ValueError(f"a result row has unknown columns {unknown} and lacks {missing}; see results.COLUMNS")
+            tables.setdefault(self.path(row["experiment"], row["device"]), []).append({**row, **stamp})
+        with _writable(self.root):
+            for path, table in tables.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _append(path, table)
+
+    def read(self, experiment: str, *, device: str | None = None, run: str | None = None) -> pd.DataFrame:
+        """All rows of an experiment, from every device (or one) and every run (or one), oldest first.
+
+        Always has all columns; empty if nothing was measured. Rows cut short by a full disk or a pulled plug are left
+        out with a warning.
+        """
+        files = sorted((self.root / experiment).glob("*.csv"))
+        tables = [table for path in files if (table := _read(path)) is not None and len(table)]
+        rows = pd.concat(tables, ignore_index=True) if tables else _typed(pd.DataFrame(columns=COLUMNS, dtype=str))
+        if device is not None:
+            rows = rows[rows["device"] == device]
+        if run is not None:
+            rows = rows[rows["run"] == run]
+        return rows.sort_values("date", kind="stable").reset_index(drop=True)
+
+    def measured(self, experiment: str, device: str) -> Measured:
+        """What this working copy's run has measured already."""
+        return Measured(self.read(experiment, device=device, run=self.run))
+
+
+class Measured:
+    """A set of keys, to ask whether a measurement is there; see ``Store.measured``."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        self._keys = {_key(row) for row in rows[KEYS].to_dict("records")}
+
+    @classmethod
+    def none(cls) -> Measured:
+        """Nothing measured yet."""
+        return cls(pd.DataFrame(columns=KEYS))
+
+    def __contains__(self, row: Mapping[str, Any]) -> bool:
+        return _key(row) in self._keys
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_text(row.get(column)) for column in KEYS)
+
+
+def _text(value: Any) -> str:
+    """A value as the tables write it: nothing for None and NaN, numbers in their shortest form."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return " ".join(str(value).splitlines())  # a row is a line
+
+
+@contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(
+            f"cannot write results to {root} ({error.strerror}); make it writable, or name another folder "
+            "with the results_dir parameter or $BLOCKVIT_RESULTS"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"results were not written to {root} ({error.strerror}); rows written before are intact: "
+            "free some space and run again, what is missing will be measured",
+        ) from error
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([_text(row.get(column)) for column in COLUMNS] for row in rows)
+    header = ",".join(COLUMNS) + "\n"
+    while True:
+        with path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # set aside by another process between open and lock
+            end = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if end and file.readline().decode(errors="replace") != header:
+                _set_aside(path)
+                continue
+            text = buffer.getvalue() if end else header + buffer.getvalue()
+            if end and not _ends_in_newline(file):
+                text = "\n" + text  # a row cut short stays alone on its line, where the reader leaves it out
+            _write_whole(file, text.encode(), end)
+            return
+
+
+def _ends_in_newline(file: io.FileIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _write_whole(file: io.FileIO, data: bytes, end: int) -> None:
+    """Write ``data`` at the end of the file or, if the disk does not take all of it, leave the file as it was."""
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _set_aside(path: Path) -> None:
+    kept = path.with_name(f"{path.stem}.foreign-{datetime.now(UTC):%Y%m%dT%H%M%S%f}.csv.bak")
+    path.rename(kept)
+    warnings.warn(
+        f"{path} has another header than this version writes; it is kept as {kept.name} and a new table begins",
+        stacklevel=5,
+    )
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a cut may go through a character
+        fcntl.flock(file, fcntl.LOCK_SH)
+        lines = file.read().splitlines()
+    if not lines:
+        return None  # just made, or emptied again because the disk was full
+    # Line by line: the open quote of a row cut short must not swallow the rows behind it.
+    records = [next(csv.reader([line]), []) for line in lines]
+    if records[0] != COLUMNS:
+        warnings.warn(f"{path} has a header that this version does not know; its rows are left out", stacklevel=3)
+        return None
+    whole = [r for r in records[1:] if len(r) == len(COLUMNS) and r[-1].endswith("Z")]  # Z ends the date, and the row
+    if len(whole) < len(records) - 1:
+        warnings.warn(f"{path}: {len(records) - 1 - len(whole)} incomplete rows left out", stacklevel=3)
+    return _typed(pd.DataFrame(whole, columns=COLUMNS, dtype=str))
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(**{c: pd.to_numeric(table[c], errors="coerce").astype(float) for c in NUMBERS})
+
+
+def new_group() -> str:
+    """An id for a group of measurements that were interleaved and may be compared."""
+    return uuid.uuid4().hex[:8]
+
+
+def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
+    """Speed of each sparse latency row over the dense one of its own group, newest measurement of each kind only.
+
+    Args:
+        rows: rows with ``metric == "latency"`` among them, as ``Store.read`` gives them.
+        baseline: ``"fastest"``, the fastest dense variant of the group, or ``"eager"``, dense PyTorch as it comes.
+
+    Returns:
+        The sparse rows with ``speedup`` (dense time / sparse time), its range ``speedup_low`` to ``speedup_high``
+        (dense 20th over sparse 80th percentile and the reverse), ``dense_value`` and ``dense_compile``.
+    """
+    if baseline not in ("fastest", "eager"):
+        raise ValueError(f"baseline is {baseline!r}; expected 'fastest' or 'eager'")
+    latency = rows[(rows["metric"] == "latency") & (rows["group"] != "")]  # without a group: not to be compared
+    is_dense = latency["backend"] == "dense"
+    dense = latency[is_dense & (latency["compile"] == "eager")] if baseline == "eager" else latency[is_dense]
+    on = ["experiment", "group", "precision"]
+    dense = dense.sort_values("value").drop_duplicates(on)
+    columns = {"value": "dense_value", "low": "dense_low", "high": "dense_high", "compile": "dense_compile"}
+    pairs = latency[~is_dense].merge(dense[[*on, *columns]].rename(columns=columns), on=on)
+    pairs = pairs.assign(
+        speedup=pairs["dense_value"] / pairs["value"],
+        speedup_low=pairs["dense_low"] / pairs["high"],
+        speedup_high=pairs["dense_high"] / pairs["low"],
+    )
+    return newest(pairs)
+
+
+def newest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of rows that measure the same thing (any version, any run), the last one; order kept otherwise."""
+    same = [column for column in KEYS if column not in ("torch", "triton")]
+    return rows.sort_values("date", kind="stable").drop_duplicates(same, keep="last").reset_index(drop=True)
+
+
+def published(repo: Path | None = None) -> pd.DataFrame:
+    """The published numbers, with their sources: ``data/reference/published_results.csv``."""
+    return pd.read_csv((repo or repository()) / "data" / "reference" / "published_results.csv")
+
+
+def published_losses() -> pd.DataFrame:
+    """Published points of ImageNet top-1 lost against dense: ``source, block_size, sparsity, lost``.
+
+    Each loss is against the dense accuracy that the same source gives.
+    """
+    top1 = published()
+    top1 = top1[top1["metric"] == "top1"]
+    imagenet = top1[top1["note"].fillna("").str.contains("ImageNet")]
+    dense = imagenet[imagenet["scope"] == "dense"].set_index("source")["value"]
+    sparse = imagenet[imagenet["block_size"].notna()]
+    lost = sparse["source"].map(dense) - sparse["value"]
+    return sparse.assign(lost=lost)[["source", "block_size", "sparsity", "lost"]].reset_index(drop=True)
+
+
+def repository() -> Path:
+    """The working copy of the study that this package belongs to.
+
+    ``$BLOCKVIT_HOME``, or the folder above ``lib/`` of an editable installation, or the current folder's nearest
+    ancestor that holds ``data/reference``.
+    """
+    candidates = [Path(os.environ["BLOCKVIT_HOME"])] if os.environ.get("BLOCKVIT_HOME") else []
+    candidates += [Path(__file__).resolve().parents[2], Path.cwd(), *Path.cwd().parents]
+    for folder in candidates:
+        if (folder / "data" / "reference").is_dir():
+            return folder.resolve()
+    raise FileNotFoundError(
+        "the study's working copy was not found; run inside the cloned repository or set $BLOCKVIT_HOME to it"
+    )
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's marketing name and its number of usable cores, e.g. ``AMD EPYC 7B13 (4 cores)``."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = found[1] if found else name
+    elif platform.system() == "Darwin":
+        name = (
+            subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+            ).stdout.strip()
+            or name
+        )
+    name = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b", "", name).split("@")[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{' '.join(name.split())} ({cores} cores)"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of torch and triton, for the columns of those names; empty where not installed."""
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return ""
+
+    return {name: installed(name) for name in ("torch", "triton")}
+
+
+@cache
+def git_sha() -> str:
+    """Short hash of the repository's commit, with ``+`` behind it if tracked code differs; empty outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "lib", "notebooks/*.ipynb", "notebooks/profiles"
+        )
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import stat
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+import blockvit
+from blockvit import BlockSparseLinear, checkpoint, load, load_superblock, read_metadata, save
+
+VIT = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+BLOCK = 8
+
+
+def vit(**arguments) -> nn.Module:
+    model = torchvision.models.VisionTransformer(**VIT | {"num_classes": 10} | arguments)
+    for parameter in model.parameters():  # torchvision starts the head at zero, which would hide every difference
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def sparse_vit(**arguments) -> nn.Module:
+    model = blockvit.sparsify(vit(**arguments), 0.6, BLOCK, targets=("mlp", "qkv", "out_proj", "head"))
+    return blockvit.to_block_sparse(blockvit.fold(model), BLOCK)
+
+
+class Mlp(nn.Module):
+    """Not a VisionTransformer: to load it, a model has to be given."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 10, bias=False))
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, x):
+        return self.norm(self.layers(x))
+
+
+def sparse_mlp() -> nn.Module:
+    model = blockvit.fold(blockvit.sparsify(Mlp(), 0.5, BLOCK, targets="layers"))
+    model(torch.randn(8, 16))  # running statistics that differ from their start
+    return blockvit.to_block_sparse(model, BLOCK).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new folder" / "model.safetensors"
+
+
+# --- save and load ---------------------------------------------------------------------------------------------------
+
+
+def test_a_vision_transformer_is_built_from_the_file_alone(path, images):
+    model = sparse_vit(dropout=0.1)
+    assert save(model, path) == path
+    loaded = load(path)
+    assert type(loaded) is torchvision.models.VisionTransformer
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert isinstance(loaded.encoder.layers[0].mlp[0], BlockSparseLinear)
+    assert loaded.encoder.layers[0].mlp[0].activation == "gelu"
+    assert loaded.encoder.layers[0].mlp[2].p == 0.1
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["dense", "gather"])
+def test_the_backend_is_chosen_when_loading(path, images, backend):
+    model = sparse_vit()
+    loaded = load(save(model, path), backend=backend)
+    assert loaded.heads.head.backend.name == backend
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_another_model_loads_into_a_dense_one(path):
+    model = sparse_mlp()
+    save(model, path)
+    target = Mlp()
+    assert load(path, target) is target
+    x = torch.randn(4, 16)
+    assert torch.equal(target(x), model(x))
+    assert target.layers[2].bias is None
+    assert not target.training
+
+
+def test_another_model_cannot_be_built_from_the_file_alone(path):
+    save(sparse_mlp(), path)
+    with pytest.raises(ValueError, match=r"holds a Mlp, which cannot be built.*blockvit\.load\(path, model\)"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: sparse_vit(norm_layer=partial(nn.LayerNorm, eps=0.1)), lambda: sparse_mlp()],
+    ids=["norm", "other class"],
+)
+def test_no_architecture_is_recorded_that_would_be_built_wrongly(build):
+    assert checkpoint._architecture(build()) is None
+
+
+def test_only_some_layers_sparse_and_attention_untouched(path, images):
+    model = blockvit.fold(blockvit.sparsify(vit(), 0.6, BLOCK, targets="head"))
+    blockvit.to_block_sparse(model, BLOCK)
+    with torch.no_grad():
+        assert torch.equal(load(save(model, path))(images), model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_comes_back_in_it(path, images, dtype):
+    model = sparse_vit().to(dtype)
+    loaded = load(save(model, path))
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(loaded(images.to(dtype)), model(images.to(dtype)))
+
+
+def test_tied_layers_load_into_a_tied_and_into_an_untied_model(path):
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        model.append(model[0])
+        return model
+
+    model = blockvit.fold(blockvit.sparsify(tied(), 0.5, BLOCK, targets="*"))
+    x = torch.randn(3, 16)
+    expected = blockvit.to_block_sparse(model, BLOCK)(x)
+    save(model, path)
+    loaded = load(path, tied())
+    assert loaded[0] is loaded[2]
+    assert torch.equal(loaded(x), expected)
+    untied = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    assert torch.equal(load(path, untied)(x), expected)
+
+
+def test_saving_leaves_the_model_as_it_was(path, images):
+    model = sparse_vit()
+    with torch.no_grad():
+        expected = model(images)
+        save(model, path)
+        assert torch.equal(model(images), expected)
+
+
+def test_metadata(path):
+    save(sparse_vit(), path)
+    metadata = read_metadata(path)
+    assert metadata["model"] == "VisionTransformer"
+    assert metadata["versions"]["torch"] == torch.__version__
+    assert metadata["source_sha256"] is None
+    head = metadata["layers"]["heads.head"]
+    assert head == {"shape": [10, 32], "block_size": BLOCK, "sparsity": 0.5, "activation": None}
+    mlp = metadata["layers"]["encoder.layers.encoder_layer_0.mlp.0"]
+    assert mlp["activation"] == "gelu"
+    assert mlp["sparsity"] == pytest.approx(round(0.6 * 31) / 32, abs=1e-6)
+
+
+def test_the_file_is_smaller_than_the_dense_weights_and_no_pickle(path):
+    model = blockvit.fold(blockvit.sparsify(nn.Sequential(nn.Linear(512, 512)), 0.9, 32, targets="*"))
+    save(blockvit.to_block_sparse(model, 32), path)
+    assert path.stat().st_size < 0.12 * 512 * 512 * 4
+    assert set(safetensors.torch.load_file(path)) == {"0.crow_indices", "0.col_indices", "0.values", "0.bias"}
+
+
+def test_a_model_without_block_sparse_layers():
+    with pytest.raises(ValueError, match=r"no block-sparse layers; call blockvit\.to_block_sparse\(model\) before"):
+        save(vit(), "unused.safetensors")
+
+
+def test_source_hash_tells_another_source(path, tmp_path):
+    source = tmp_path / "dense.pth"
+    source.write_bytes(b"weights")
+    save(sparse_vit(), path, source=source)
+    assert len(read_metadata(path)["source_sha256"]) == 64
+    load(path, source=source)
+    source.write_bytes(b"other weights")
+    with pytest.raises(
+        ValueError, match=r"made from another source \(sha256 [0-9a-f]{64}\).*convert and save the model"
+    ):
+        load(path, source=source)
+
+
+def test_source_hash_of_a_state_dict_depends_on_names_shapes_dtypes_and_values(path):
+    state = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    save(sparse_vit(), path, source=state)
+    load(path, source=dict(reversed(state.items())))
+    for other in (
+        {**state, "a": torch.arange(6.0).view(2, 3)},
+        {**state, "a": torch.arange(1.0, 7.0)},
+        {**state, "b": torch.ones(2, dtype=torch.float16)},
+        {"a": state["a"], "c": state["b"]},
+    ):
+        with pytest.raises(ValueError, match="another source"):
+            load(path, source=other)
+
+
+# --- files that are not what they should be --------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    for function in (load, read_metadata):
+        with pytest.raises(
+            FileNotFoundError, match=r"nothing\.safetensors does not exist; write it with blockvit\.save"
+        ):
+            function(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("fraction", [0, 0.001, 0.5, 0.999])
+def test_truncated_file(path, fraction):
+    save(sparse_vit(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(fraction * len(data))])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file .*again"):
+        load(path)
+
+
+def test_foreign_safetensors(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata=metadata)
+        with pytest.raises(ValueError, match=r"foreign\.safetensors was not written by blockvit\.save"):
+            load(path)
+
+
+def test_format_of_another_version(tmp_path):
+    path = tmp_path / "future.safetensors"
+    header = {"blockvit": json.dumps({"format": 99})}
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata=header)
+    with pytest.raises(ValueError, match=r"has format 99; this version reads format 1: convert the model again"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: vit(num_classes=11), r"heads\.head is \(10, 32\) in the file, \(11, 32\) in the model"),
+        (
+            lambda: vit(hidden_dim=64),
+            r"another architecture than VisionTransformer: .* \(96, 32\) in the file, \(192, 64\) in",
+        ),
+        (lambda: vit(num_layers=3), r"missing from the file: encoder\.layers\.encoder_layer_2"),
+        (lambda: vit(num_layers=1), r"cannot take"),
+        (lambda: vit(num_layers=0), r"cannot take"),
+        (lambda: Mlp(), r"holds a VisionTransformer that Mlp cannot take"),
+    ],
+    ids=["classes", "width", "more layers", "fewer layers", "no layers", "other class"],
+)
+def test_another_architecture(path, other, message):
+    save(sparse_vit(), path)
+    with pytest.raises(ValueError, match=message):
+        load(path, other())
+
+
+# --- atomic ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_while_writing_leaves_the_old_file(path, images, monkeypatch):
+    old = sparse_vit()
+    save(old, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(sparse_vit(), path)
+    monkeypatch.undo()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nor is anything else left behind
+    with torch.no_grad():
+        assert torch.equal(load(path)(images), old(images))
+
+
+def test_saving_again_replaces_the_file(path, images):
+    save(sparse_vit(), path)
+    new = sparse_vit()
+    save(new, path)
+    with torch.no_grad():
+        assert torch.equal(load(path)(images), new(images))
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(path, tmp_path):
+    save(sparse_mlp(), path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+# --- published SuperBlock checkpoints --------------------------------------------------------------------------------
+
+OUT_PROJ = [f"encoder.layers.encoder_layer_{i}.self_attention.out_proj" for i in range(2)]
+MLP = [f"encoder.layers.encoder_layer_{i}.mlp.{j}" for i in range(2) for j in (0, 3)]
+
+
+class ReferenceLinear(nn.Linear):
+    """What the reference implementation puts in a linear layer's place: same parameters, same mask."""
+
+    def __init__(self, linear: nn.Linear, sparsity: float, tile_size: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.load_state_dict(linear.state_dict())
+        self.sparsity, self.tile_size = sparsity, tile_size
+        self.scores = nn.Parameter(torch.empty([max(1, math.ceil(n / tile_size)) for n in self.weight.shape]))
+        nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
+        self.shift = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def masked_weight(self) -> torch.Tensor:
+        k = 1 + round(0.01 * float(self.sparsity * 100) * (self.scores.numel() - 1))
+        mask = torch.where(self.scores < self.scores.flatten().kthvalue(k).values, 0.0, 1.0)
+        for dim, size in enumerate(self.weight.shape):
+            mask = mask.repeat_interleave(self.tile_size, dim=dim).narrow(dim, 0, size)
+        return (self.weight * self.scale + self.shift) * mask
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.masked_weight(), self.bias)
+
+
+def published(sparsity: float = 0.8, tile_size: int = BLOCK) -> nn.Module:
+    """A ViT with every linear layer masked as the reference does it, ``out_proj`` (in vain) and head included."""
+    model = vit()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ReferenceLinear(module, sparsity, tile_size))
+    return model.eval()
+
+
+def write(state, folder: Path, name: str = "model_32.pth") -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+WRAPPINGS = {
+    "training checkpoint": lambda state: {"model": state, "epoch": 3, "optimizer": {"state": {}}},
+    "bare state dict": lambda state: state,
+    "data parallel": lambda state: {"model": {f"module.{name}": t for name, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "dict"])
+def test_a_published_checkpoint_gives_the_published_logits(tmp_path, images, wrapping, as_file):
+    reference = published()
+    source = WRAPPINGS[wrapping](reference.state_dict())
+    model = vit()
+    loaded = load_superblock(write(source, tmp_path) if as_file else source, model, sparsity=0.8, block_size=BLOCK)
+    assert loaded is model and not model.training
+    assert type(model.heads.head) is nn.Linear
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), reference(images))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.8, 0.9])
+def test_masks_are_the_references_and_out_proj_is_left_out_by_default(sparsity):
+    reference = published(sparsity)
+    state = reference.state_dict()
+    kept = dict(state)
+    model = load_superblock(state, vit(), sparsity=sparsity, block_size=BLOCK)
+    for name in (*MLP, "heads.head"):
+        expected = reference.get_submodule(name).masked_weight()
+        assert torch.equal(model.get_submodule(name).weight, expected), name
+    for name in OUT_PROJ:
+        assert torch.equal(model.get_submodule(name).weight, reference.get_submodule(name).weight)
+    assert list(state) == list(kept)  # the caller's dictionary is left alone
+
+
+def test_out_proj_masks_are_applied_on_request():
+    reference = published()
+    model = load_superblock(reference.state_dict(), vit(), sparsity=0.8, block_size=BLOCK, apply_out_proj_masks=True)
+    for name in (*MLP, *OUT_PROJ):
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight, reference.get_submodule(name).masked_weight())
+        assert (weight == 0).float().mean() > 0.7
+
+
+def test_scale_and_shift_are_applied_before_the_mask():
+    reference = published()
+    with torch.no_grad():
+        for name in MLP:
+            reference.get_submodule(name).scale.fill_(0.5)
+            reference.get_submodule(name).shift.fill_(0.25)
+    model = load_superblock(reference.state_dict(), vit(), sparsity=0.8, block_size=BLOCK)
+    for name in MLP:
+        assert torch.equal(model.get_submodule(name).weight, reference.get_submodule(name).masked_weight())
+
+
+def test_what_was_loaded_converts(images):
+    reference = published()
+    model = load_superblock(reference.state_dict(), vit(), sparsity=0.8, block_size=BLOCK)
+    blockvit.to_block_sparse(model, BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), reference(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_whose_projections_are_exposed_loads_too(images):
+    reference = published()
+    model = blockvit.expose_projections(vit())
+    load_superblock(reference.state_dict(), model, sparsity=0.8, block_size=BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), reference(images), atol=1e-5, rtol=1e-5)
+
+
+def test_another_block_size():
+    with pytest.raises(
+        ValueError, match=r"scores have shape \(4, 4\).*in blocks of 16 has \(2, 2\).*another block_size"
+    ):
+        load_superblock(published().state_dict(), vit(), sparsity=0.8, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("sp0.80-ts8.pth", True),
+        ("sp0.8-ts8.pth", True),
+        ("vit-sp.80-ts8-final.pth", True),
+        ("model_32.pth", True),
+        ("sp0.90-ts8.pth", False),
+        ("sp0.80-ts32.pth", False),
+    ],
+)
+def test_sparsity_and_block_size_are_compared_with_the_files_name(tmp_path, name, right):
+    path = write({"model": published().state_dict()}, tmp_path, name)
+    if right:
+        load_superblock(path, vit(), sparsity=0.8, block_size=BLOCK)
+    else:
+        with pytest.raises(ValueError, match=rf"{name} says sparsity .* but sparsity=0\.8 and block_size=8 were given"):
+            load_superblock(path, vit(), sparsity=0.8, block_size=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: vit(num_layers=3), r"missing from the file: encoder\.layers\.encoder_layer_2"),
+        (lambda: vit(num_layers=1), r"not in the model: encoder\.layers\.encoder_layer_1"),
+        (lambda: vit(num_classes=11), r"heads\.head\.weight: \(10, 32\) in the file, \(11, 32\) in the model"),
+    ],
+)
+def test_superblock_of_another_architecture_changes_nothing(other, message):
+    model = other()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"of another architecture than VisionTransformer:\n") as error:
+        load_superblock(published().state_dict(), model, sparsity=0.8, block_size=BLOCK)
+    error.match(message)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fraction", [0, 0.01, 0.5, 0.99])
+def test_truncated_superblock_file(tmp_path, fraction):
+    path = write({"model": published().state_dict()}, tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(fraction * len(data))])
+    with pytest.raises(ValueError, match=r"model_32\.pth is truncated or damaged .*fetch or save it again"):
+        load_superblock(path, vit(), sparsity=0.8, block_size=BLOCK)
+
+
+class Harmful:
+    """A pickle that would run code when loaded."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("harm",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello world\n",
+        b"<html>404</html>",
+        bytes(range(256)) * 8,
+        b"\x80\x02}q\x00",
+        pickle.dumps(Harmful(), protocol=2),
+    ],
+    ids=["text", "html", "bytes", "cut pickle", "code"],
+)
+def test_files_that_are_no_checkpoint(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "junk.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"junk\.pth (is truncated or damaged|holds more than tensors)"):
+        load_superblock(path, vit(), sparsity=0.8, block_size=BLOCK)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_checkpoints_that_are_no_superblock(tmp_path):
+    arguments = {"sparsity": 0.8, "block_size": BLOCK}
+    with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist; expected a checkpoint"):
+        load_superblock(tmp_path / "none.pth", vit(), **arguments)
+    with pytest.raises(ValueError, match=r"holds no '\.scores': it is no SuperBlock checkpoint"):
+        load_superblock(write({"model": vit().state_dict()}, tmp_path), vit(), **arguments)
+    for content, kind in ((torch.zeros(3), "Tensor"), ([1, 2], "list"), ({"model": 3}, "int")):
+        with pytest.raises(ValueError, match=rf"the checkpoint holds a {kind}; expected a state dict"):
+            load_superblock(write(content, tmp_path), vit(), **arguments)
+
+
+def test_scores_without_a_weight_and_nan_scores():
+    state = published().state_dict()
+    del state["heads.head.weight"]
+    with pytest.raises(ValueError, match=r"holds heads\.head\.scores but no heads\.head\.weight; it is damaged"):
+        load_superblock(state, vit(), sparsity=0.8, block_size=BLOCK)
+    state = published().state_dict()
+    state[f"{MLP[0]}.scores"][0, 0] = math.nan
+    with pytest.raises(ValueError, match="1 of 32 mask scores are NaN"):
+        load_superblock(state, vit(), sparsity=0.8, block_size=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"sparsity": 1.0}, ValueError),
+        ({"sparsity": 80}, ValueError),
+        ({"block_size": 0}, ValueError),
+        ({"block_size": 8.0}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, error):
+    with pytest.raises(error, match="expected"):
+        load_superblock(published().state_dict(), vit(), **{"sparsity": 0.8, "block_size": BLOCK} | arguments)
+
+
+@pytest.mark.gpu
+def test_loading_into_a_model_on_the_gpu(path, images):
+    model = sparse_vit()
+    loaded = load(save(model, path), vit().cuda())
+    assert {t.device.type for t in loaded.state_dict().values()} == {"cuda"}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images.cuda()).cpu(), model(images), atol=1e-2, rtol=1e-2)

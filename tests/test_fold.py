@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import blockvit
+from blockvit import (
+    BackendUnavailableError,
+    BlockSparseLinear,
+    fold,
+    layer_fates,
+    model_bytes,
+    sparsify,
+    to_block_sparse,
+)
+from blockvit.fold import LayerFate, random_block_mask_
+from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
+
+BACKENDS = [name for name, b in blockvit.backends().items() if b.refusal(torch.device("cpu"), torch.float32, 8) is None]
+
+
+def vit(num_classes: int = 10) -> nn.Module:
+    """A ViT whose head (10 or 1000 classes) is no multiple of the block sizes used here."""
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=num_classes
+    )
+    for parameter in model.parameters():  # torchvision starts the head at zero, which would hide every difference
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def folded_vit(num_classes: int = 10, block_size: int = 16, **arguments) -> nn.Module:
+    targets = arguments.pop("targets", ("mlp", "out_proj", "head"))
+    return fold(sparsify(vit(num_classes), 0.6, block_size, targets=targets))
+
+
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16)
+
+
+# --- fold ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    block_size=st.sampled_from([1, 2, 3, 8, 16]),
+    sparsity=st.sampled_from([0.0, 0.3, 0.7, 0.9, 0.99]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_folding_a_linear_changes_no_bit(rows, cols, block_size, sparsity, bias, dtype, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(cols, rows, bias=bias, dtype=dtype))
+    sparsify(model, sparsity, block_size, targets="*")
+    x = torch.randn(4, cols, dtype=dtype)
+    masked = model(x)
+    assert fold(model) is model
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model(x), masked)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect", "groups": 2, "bias": False},
+        {"kernel_size": (3, 2), "padding": "same", "dilation": (1, 2)},
+    ],
+    ids=str,
+)
+def test_folding_a_convolution_changes_no_bit(arguments):
+    model = nn.Sequential(nn.Conv2d(8, 12, **arguments))
+    sparsify(model, 0.5, 4, targets="*")
+    assert type(model[0]) is SupermaskConv2d
+    x = torch.randn(2, 8, 9, 9)
+    masked = model(x)
+    fold(model)
+    assert type(model[0]) is nn.Conv2d
+    assert (model[0].weight == 0).float().mean() > 0.3
+    assert torch.equal(model(x), masked)
+
+
+def test_folding_a_vision_transformer_changes_no_bit():
+    model = sparsify(vit(), 0.6, 16, targets=("mlp", "qkv", "out_proj", "head"))
+    x = images()
+    with torch.no_grad():
+        masked = model(x)
+        folded = fold(model)(x)
+    assert masked.std() > 0.1
+    assert torch.equal(folded, masked)
+    assert not supermask_layers(model)
+
+
+def test_folded_layers_keep_bias_mode_and_what_is_frozen():
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5, 4, targets="*").eval()
+    model[0].weight.requires_grad_(False)
+    bias = model[0].bias
+    weight = model[0].weight.detach().clone()
+    masked = model[0].weight
+    fold(model)
+    assert model[0].bias is bias
+    assert not model[0].training
+    assert not model[0].weight.requires_grad and model[1].weight.requires_grad
+    assert torch.equal(masked, weight)  # not changed underneath whoever holds it
+    assert isinstance(model[1].weight, nn.Parameter) and model[1].weight.is_leaf
+
+
+def test_a_shared_layer_is_folded_at_every_name():
+    model = nn.Sequential()
+    model.a = nn.Linear(8, 8)
+    model.b = model.a
+    sparsify(model, 0.5, 4, targets="a")
+    model.b = model.a  # tied again, as a model ties its layers
+    fold(model)
+    assert type(model.a) is nn.Linear and model.a is model.b
+
+
+def test_nan_scores_stop_the_fold_before_any_layer_is_folded():
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5, 4, targets="*")
+    with torch.no_grad():
+        model[1].scores[0] = math.nan
+    with pytest.raises(ValueError, match=r"2 of 4 mask scores are NaN.*training diverged"):
+        fold(model)
+    assert all(type(layer) is SupermaskLinear for layer in model)
+
+
+def test_nothing_to_fold():
+    with pytest.raises(ValueError, match=r"Sequential has no supermask layers to fold; call blockvit\.sparsify"):
+        fold(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_single_layer_cannot_be_exchanged_in_place():
+    with pytest.raises(ValueError, match=r"itself the SupermaskLinear .* wrap it in nn\.Sequential"):
+        fold(SupermaskLinear(8, 8, sparsity=0.5, block_size=4))
+    zeros = nn.Linear(8, 8)
+    nn.init.zeros_(zeros.weight)
+    with pytest.raises(ValueError, match=r"itself the Linear .* wrap it in nn\.Sequential"):
+        to_block_sparse(zeros, 4)
+
+
+# --- to_block_sparse -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_conversion_keeps_the_logits(backend, num_classes):
+    model = folded_vit(num_classes)
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        assert to_block_sparse(model, 16, backend) is model
+        actual = model(x)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    head = model.heads.head
+    assert isinstance(head, BlockSparseLinear) and head.out_features == num_classes
+    assert backend in ("auto", head.backend.name)
+
+
+@pytest.mark.parametrize("block_size", [8, 12, 32])
+def test_the_block_size_need_not_be_the_trained_one(block_size):
+    model = fold(sparsify(vit(), 0.9, 16, targets="mlp"))
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        actual = to_block_sparse(model, block_size)(x)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fates_of_every_kind():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential()
+    for name, shape in {"halved": (8, 8), "odd": (8, 10), "full": (8, 8), "little": (16, 16), "other": (8, 8)}.items():
+        model.add_module(name, nn.Linear(shape[1], shape[0]))
+    model.special, model.conv = Special(8, 8), nn.Conv2d(2, 2, 1)
+    with torch.no_grad():
+        for name in ("halved", "odd", "other", "special"):
+            model.get_submodule(name).weight[:4] = 0
+        model.little.weight[:4, :4] = 0
+        model.conv.weight[0] = 0
+    fates = {f.name: f for f in layer_fates(model, 4, skip="other", min_sparsity=0.1)}
+    assert list(fates) == ["halved", "odd", "full", "little", "other", "special", "conv"]
+    assert fates["halved"] == LayerFate("halved", "Linear", (8, 8), 0.5, "converted")
+    assert fates["odd"] == LayerFate("odd", "Linear", (8, 10), 0.5, "padded")
+    assert fates["full"] == LayerFate("full", "Linear", (8, 8), 0.0, "dense", "no 4x4 block is all zero")
+    assert fates["little"] == LayerFate(
+        "little", "Linear", (16, 16), 1 / 16, "dense", "sparsity below min_sparsity=0.1"
+    )
+    assert fates["other"] == LayerFate("other", "Linear", (8, 8), 0.5, "dense", "not among the targets")
+    assert (fates["special"].fate, fates["special"].kind) == ("dense", "Special")
+    assert "subclass of nn.Linear" in fates["special"].reason
+    assert (fates["conv"].fate, fates["conv"].sparsity) == ("dense", 0.5)
+    assert "convolution" in fates["conv"].reason
+
+    to_block_sparse(model, 4, skip="other", min_sparsity=0.1)
+    converted = {name for name, m in model.named_children() if isinstance(m, BlockSparseLinear)}
+    assert converted == {name for name, f in fates.items() if f.fate != "dense"} == {"halved", "odd"}
+    after = {f.name: f for f in layer_fates(model, 4)}
+    assert after["halved"] == LayerFate("halved", "BlockSparseLinear", (8, 8), 0.5, "converted")
+    assert after["odd"].fate == "padded"
+
+
+def test_fates_of_a_vision_transformer_name_the_projections():
+    fates = {f.name: f for f in layer_fates(folded_vit(), 16, targets=("mlp", "head"))}
+    layer = "encoder.layers.encoder_layer_0"
+    assert fates[f"{layer}.mlp.0"].fate == "converted"
+    assert fates["heads.head"].fate == "padded"
+    assert fates[f"{layer}.self_attention.out_proj"].reason == "not among the targets"
+    assert fates["conv_proj"].kind == "Conv2d"
+    assert len(fates) == 2 * 4 + 2
+
+
+def test_the_attentions_masks_survive_conversion():
+    model = folded_vit(targets=("qkv", "out_proj"))
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        actual = to_block_sparse(model, 16)(x)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    attention = model.encoder.layers[0].self_attention
+    assert isinstance(attention.qkv, BlockSparseLinear) and isinstance(attention.out_proj, BlockSparseLinear)
+
+
+def test_converting_again_converts_what_is_left():
+    model = folded_vit()
+    to_block_sparse(model, 16, targets="head")
+    head = model.heads.head
+    to_block_sparse(model, 16)
+    assert model.heads.head is head
+    assert isinstance(model.encoder.layers[0].mlp[0], BlockSparseLinear)
+    assert to_block_sparse(model, 16) is model
+
+
+def test_nothing_to_convert_lists_every_layer():
+    with pytest.raises(ValueError, match=r"no layer holds a 16x16 block of zeros") as error:
+        to_block_sparse(vit(), 16)
+    assert "heads.head (10, 32): no 16x16 block is all zero" in str(error.value)
+    assert "blockvit.sparsify" in str(error.value)
+
+
+def test_masks_must_be_folded_first():
+    for function in (to_block_sparse, layer_fates):
+        with pytest.raises(ValueError, match=r"still has supermask layers; call blockvit\.fold\(model\) before"):
+            function(sparsify(vit(), 0.5, 16), 16)
+
+
+@pytest.mark.parametrize(("block_size", "error"), [(0, ValueError), (16.0, TypeError)])
+def test_bad_block_size(block_size, error):
+    with pytest.raises(error, match="block_size is"):
+        to_block_sparse(folded_vit(), block_size)
+
+
+def test_unknown_targets_and_backends():
+    with pytest.raises(ValueError, match=r"targets: 'mpl' matches no layer; the layers are:\n  encoder"):
+        to_block_sparse(folded_vit(), 16, targets="mpl")
+    with pytest.raises(ValueError, match="backend is 'tensorrt'; expected 'auto' or one of"):
+        to_block_sparse(folded_vit(), 16, "tensorrt")
+    with pytest.raises(BackendUnavailableError, match="backend 'torch' cannot run"):
+        to_block_sparse(folded_vit().bfloat16(), 16, "torch")
+
+
+# --- GELU ------------------------------------------------------------------------------------------------------------
+
+
+def mlp(*layers: nn.Module) -> nn.Sequential:
+    """The layers in order, every linear among them with half of its blocks zero."""
+    with torch.no_grad():
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                layer.weight[: layer.out_features // 2] = 0
+    return nn.Sequential(*layers)
+
+
+def shared_linear() -> nn.Module:
+    linear = nn.Linear(16, 16)
+    return mlp(linear, nn.GELU(), linear)
+
+
+def shared_between() -> nn.Module:
+    tanh = nn.Tanh()
+    return mlp(nn.Linear(16, 16), tanh, nn.Linear(16, 16), tanh, nn.GELU())
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        hidden = self[0](x)
+        return hidden + self[1](hidden)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: mlp(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)),
+        lambda: mlp(nn.Linear(16, 32), nn.GELU(approximate="tanh"), nn.Linear(32, 16), nn.GELU()),
+        lambda: mlp(nn.Linear(16, 32), nn.GELU(), nn.GELU()),
+        lambda: mlp(nn.Linear(16, 32), nn.Dropout(), nn.GELU()),
+        lambda: nn.Sequential(mlp(nn.Linear(16, 32)), nn.GELU()),
+        shared_linear,
+        shared_between,
+        lambda: nn.Sequential(Residual(*mlp(nn.Linear(16, 16), nn.GELU()))),
+    ],
+    ids=["exact", "tanh", "twice", "dropout", "nested", "shared linear", "shared between", "own forward"],
+)
+def test_fusing_gelu_changes_no_output(build):
+    model = build().eval()
+    x = 2 * torch.randn(5, 16)
+    expected = model(x)
+    torch.testing.assert_close(to_block_sparse(model, 8)(x), expected)
+
+
+def test_gelu_is_fused_where_it_follows_a_converted_layer():
+    model = to_block_sparse(mlp(nn.Linear(8, 8), nn.GELU("tanh"), nn.Linear(8, 8), nn.GELU(), nn.ReLU()), 4)
+    assert [m.activation for m in (model[0], model[2])] == ["gelu_tanh", "gelu"]
+    assert [type(m) for m in (model[1], model[3], model[4])] == [nn.Identity, nn.Identity, nn.ReLU]
+
+
+def test_fusing_can_be_turned_off_and_dense_layers_keep_their_gelu():
+    model = to_block_sparse(mlp(nn.Linear(8, 8), nn.GELU()), 4, fuse_gelu=False)
+    assert model[0].activation is None and type(model[1]) is nn.GELU
+    model = mlp(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU())
+    to_block_sparse(model, 4, skip="0")
+    assert type(model[1]) is nn.GELU and type(model[3]) is nn.Identity
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_model_bytes_of_a_dense_model():
+    assert model_bytes(nn.Linear(10, 20)) == 4 * (200 + 20)
+    assert model_bytes(nn.BatchNorm1d(8)) == 4 * 4 * 8 + 8  # weight, bias, mean, variance; the counter is an int64
+
+
+def test_model_bytes_counts_shared_memory_once():
+    linear = nn.Linear(10, 20, bias=False)
+    tied = nn.Linear(10, 20, bias=False)
+    tied.weight = linear.weight
+    assert model_bytes(nn.Sequential(linear, tied, linear)) == 4 * 200
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_model_bytes_of_a_converted_layer_hold_the_parts_and_the_packing(backend):
+    linear = nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        linear.weight[8:] = 0
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend)
+    parts = sparse.bsr.nbytes
+    assert parts == 8 * 64 * 4 + 8 * 4 + 9 * 4
+    if backend == "torch":  # reads the parts themselves
+        assert model_bytes(sparse) == parts
+    elif backend == "dense":
+        assert model_bytes(sparse) == parts + 64 * 64 * 4
+    else:
+        assert parts < model_bytes(sparse) < 64 * 64 * 4
+
+
+@given(
+    rows=st.integers(1, 40), cols=st.integers(1, 40), block_size=st.sampled_from([3, 8]), sparsity=st.floats(0, 0.99)
+)
+def test_random_block_mask_drops_as_many_blocks_as_a_supermask(rows, cols, block_size, sparsity):
+    weight = torch.ones(rows, cols)
+    random_block_mask_(weight, sparsity, block_size, torch.Generator().manual_seed(0))
+    blocks = math.ceil(rows / block_size) * math.ceil(cols / block_size)
+    zero = blockvit.bsr.zero_blocks(weight, block_size)
+    assert blocks - int(zero.sum()) == blockvit.supermask.num_kept(blocks, sparsity)
+    assert weight.unique().tolist() in ([0, 1], [1])

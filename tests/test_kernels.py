@@ -1,0 +1,440 @@
+"""Every backend that can run on this machine's CPU keeps the contract, by comparison with dense matrices."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
+from blockvit.bsr import block_view
+from blockvit.kernels import Backend, register, registry, resolve
+
+CPU = torch.device("cpu")
+NAMES = sorted(backends())
+# Errors of a sum of up to a few hundred products of normal numbers, relative to the largest result.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+DTYPES = tuple(TOLERANCE)
+ACTIVATIONS = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+
+
+def runs(name: str, dtype: torch.dtype = torch.float32, block_size: int = 16) -> bool:
+    return backends()[name].refusal(CPU, dtype, block_size) is None
+
+
+RUNNABLE = [name for name in NAMES if runs(name)]
+every_backend = pytest.mark.parametrize("backend", RUNNABLE)
+
+
+def linear_with_zero_blocks(
+    out_features: int, in_features: int, block_size: int, kept: int | float, *, bias=True, dtype=torch.float32
+) -> nn.Linear:
+    """A linear layer of which ``kept`` blocks (or that fraction) are left, at random; empty rows are likely."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    rows, cols = -(-out_features // block_size), -(-in_features // block_size)
+    kept = kept if isinstance(kept, int) else round(kept * rows * cols)
+    mask = torch.zeros(rows * cols, dtype=torch.bool)
+    mask[torch.randperm(rows * cols)[:kept]] = True
+    elements = mask.view(rows, cols).repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    with torch.no_grad():
+        nn.init.normal_(linear.weight)
+        linear.weight *= elements[:out_features, :in_features]
+    return linear.to(dtype)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """``expected`` was computed in float64; compared on the scale of its largest entry."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    if expected.numel():
+        error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
+        assert error <= TOLERANCE[dtype], f"relative error {error:.2e} exceeds {TOLERANCE[dtype]:.0e} of {dtype}"
+
+
+# --- against dense ---------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda *shape: torch.randn(*shape),
+    "transposed": lambda *shape: torch.randn(*reversed(shape)).permute(*reversed(range(len(shape)))),
+    "every other": lambda *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "expanded": lambda *shape: torch.randn(*shape[1:]).expand(*shape),
+    "offset": lambda *shape: torch.randn(shape[0] + 1, *shape[1:])[1:],
+}
+
+
+@every_backend
+@settings(max_examples=100)
+@given(
+    out_features=st.integers(1, 70),
+    in_features=st.integers(1, 70),
+    block_size=st.sampled_from([1, 2, 3, 4, 8, 16, 32, 128]),
+    kept=st.sampled_from([0, 1, 0.1, 0.5, 1.0]),
+    leading=st.sampled_from([(1,), (5,), (33,), (2, 3), (1, 1), (2, 1, 3)]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    activation=st.sampled_from([None, "gelu", "gelu_tanh"]),
+    seed=st.integers(0, 99),
+)
+def test_result_and_gradients_equal_dense(
+    backend, out_features, in_features, block_size, kept, leading, layout, dtype, bias, activation, seed
+):
+    if not runs(backend, dtype, block_size):
+        with pytest.raises(BackendUnavailableError):
+            resolve(backend, CPU, dtype, block_size)
+        return
+    torch.manual_seed(seed)
+    linear = linear_with_zero_blocks(out_features, in_features, block_size, kept, bias=bias, dtype=dtype)
+    sparse = BlockSparseLinear.from_dense(linear, block_size, backend=backend, activation=activation)
+    x = LAYOUTS[layout](*leading, in_features).to(dtype).requires_grad_()
+    y = sparse(x)
+    grad_y = torch.randn_like(y)
+    grads = torch.autograd.grad(y, [x, sparse.bias] if bias else [x], grad_y)
+
+    dense_x = x.detach().double().requires_grad_()
+    dense_bias = linear.bias.detach().double().requires_grad_() if bias else None
+    dense_y = ACTIVATIONS[activation](F.linear(dense_x, linear.weight.detach().double(), dense_bias))
+    dense_grads = torch.autograd.grad(dense_y, [dense_x, dense_bias] if bias else [dense_x], grad_y.double())
+
+    assert_near(y, dense_y, dtype)
+    for grad, dense_grad in zip(grads, dense_grads, strict=True):
+        assert_near(grad, dense_grad, dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_empty_block_rows_give_the_bias(backend, activation):
+    linear = linear_with_zero_blocks(24, 16, 8, 0)
+    with torch.no_grad():
+        linear.weight[:8] = 1.0
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend, activation=activation)
+    y = sparse(torch.full((3, 16), float(2)))
+    expected = ACTIVATIONS[activation](linear.bias[8:]).expand(3, 16)
+    torch.testing.assert_close(y[:, 8:], expected)
+    assert (y[:, :8] - ACTIVATIONS[activation](linear.bias[:8])).abs().min() > 1
+
+
+@every_backend
+@pytest.mark.parametrize("leading", [(0,), (0, 7), (2, 0)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_an_empty_batch_gives_an_empty_result_with_gradients(backend, leading, activation):
+    linear = linear_with_zero_blocks(20, 12, 8, 0.5)
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend, activation=activation)
+    x = torch.randn(*leading, 12, requires_grad=True)
+    y = sparse(x)
+    assert y.shape == (*leading, 20) and y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(sparse.bias.grad, torch.zeros(20))
+
+
+@every_backend
+def test_a_single_vector(backend):
+    linear = linear_with_zero_blocks(20, 12, 8, 0.5)
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend)
+    x = torch.randn(12)
+    torch.testing.assert_close(sparse(x), linear(x))
+
+
+@every_backend
+def test_nan_and_inf_stay_in_the_tokens_and_rows_that_read_them(backend):
+    linear = linear_with_zero_blocks(16, 16, 8, 0)
+    with torch.no_grad():
+        linear.weight[:8, :8] = 1.0
+        linear.weight[8:, 8:] = 1.0
+    x = torch.ones(3, 16)
+    x[1, 2] = float("nan")
+    y = BlockSparseLinear.from_dense(linear, 8, backend=backend)(x)
+    assert y[1, :8].isnan().all()
+    assert torch.isfinite(y[[0, 2]]).all()
+    if backend != "dense":  # which multiplies by its zeros
+        assert torch.isfinite(y[1, 8:]).all()
+
+
+@every_backend
+def test_input_and_weight_are_left_unchanged(backend):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)
+    before = copy.deepcopy(sparse.state_dict())
+    x = torch.randn(4, 12)
+    kept = x.clone()
+    sparse(x)
+    assert torch.equal(x, kept)
+    for name, tensor in sparse.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@every_backend
+def test_a_wrong_width_is_an_error(backend):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)
+    with pytest.raises(ValueError, match="the input's last size is 16; expected in_features=12"):
+        sparse(torch.randn(4, 16))  # 16 would fit the padded weight
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Dynamo counts recompilations of ``forward`` over all modules; a limit of 8 would stop the later tests."""
+    torch._dynamo.reset()
+
+
+@every_backend
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compiles_without_graph_breaks(fresh_compiler, backend, activation):
+    sparse = BlockSparseLinear.from_dense(
+        linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend, activation=activation
+    )
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    for shape in [(4, 12), (2, 3, 12), (5, 12)]:
+        x = torch.randn(*shape, requires_grad=True)
+        y, expected = compiled(x), sparse(x)
+        torch.testing.assert_close(y, expected)
+        ours, theirs = (torch.autograd.grad(out.square().sum(), [x, sparse.bias]) for out in (y, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@every_backend
+def test_compiles_with_inductor(fresh_compiler, backend):
+    sparse = BlockSparseLinear.from_dense(
+        linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend, activation="gelu"
+    )
+    x = torch.randn(2, 3, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x))
+
+
+@every_backend
+def test_exports_with_a_dynamic_batch(backend):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(sparse, (torch.randn(4, 12),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(program.module()(x), sparse(x))
+
+
+def test_pytorchs_operator_passes_opcheck():
+    from blockvit.kernels import torch_bsr
+
+    if not runs("torch"):
+        pytest.skip(backends()["torch"].refusal(CPU, torch.float32, 16))
+    matrix = BSRMatrix.from_dense(linear_with_zero_blocks(16, 24, 8, 0.5).weight, 8)
+    parts = matrix.crow_indices, matrix.col_indices, matrix.values, 16
+    for x in (torch.randn(5, 24), torch.randn(24, 5).t(), torch.randn(1, 24)):
+        for bias in (None, torch.randn(16, requires_grad=True)):
+            torch.library.opcheck(torch_bsr._linear, (x.requires_grad_(), *parts, bias))
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_changing_the_dtype_packs_again(backend):
+    linear = linear_with_zero_blocks(20, 12, 8, 0.5)
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend).to(torch.float64)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    assert_near(sparse(x), linear.double()(x), torch.float64)
+    assert all(b.dtype == torch.float64 for b in sparse.buffers() if b.is_floating_point())
+
+
+def test_auto_finds_another_backend_when_the_dtype_changes(picky, monkeypatch):
+    monkeypatch.setattr(picky, "refusal", lambda device, dtype, block_size: "half" if dtype.itemsize == 2 else None)
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(32, 16, 16, 0.5), 16)
+    assert sparse.backend is picky
+    assert sparse.to(torch.bfloat16).backend is not picky
+    assert sparse(torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert sparse.to(torch.float32).backend is picky
+
+
+def test_a_backend_asked_for_by_name_refuses_a_dtype_it_cannot_run():
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(32, 16, 16, 0.5), 16, backend="torch")
+    with pytest.raises(BackendUnavailableError, match=r"cannot run torch\.bfloat16 on cpu"):
+        sparse.to(torch.bfloat16)
+
+
+@every_backend
+def test_deepcopy_is_independent(backend):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)
+    x = torch.randn(3, 12)
+    expected = sparse(x)
+    other = copy.deepcopy(sparse)
+    assert torch.equal(other(x), expected)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.zero_()
+    assert torch.equal(sparse(x), expected)
+
+
+@every_backend
+@pytest.mark.parametrize("kept", [0, 1, 5, 1.0])
+def test_state_dict_loads_into_a_module_with_another_number_of_blocks(backend, kept):
+    source = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 4, kept), 4, backend=backend)
+    target = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 4, 3), 4, backend=backend)
+    assert set(source.state_dict()) == {"crow_indices", "col_indices", "values", "bias"}
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 12)
+    assert torch.equal(target(x), source(x))
+    assert not source(x).eq(0).all()
+
+
+@every_backend
+def test_state_dict_of_another_block_size_loads(backend):
+    source = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 20, 8, 0.5), 8, backend=backend)
+    target = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 20, 16, 0.5), 16, backend=backend)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(target(x), source(x))
+    assert target.block_size == 8
+
+
+def test_loading_keeps_the_modules_dtype_as_a_dense_layer_does():
+    source = BlockSparseLinear.from_dense(linear_with_zero_blocks(16, 16, 8, 2), 8)
+    target = BlockSparseLinear.from_dense(linear_with_zero_blocks(16, 16, 8, 1), 8).to(torch.bfloat16)
+    target.load_state_dict(source.state_dict())
+    assert target.values.dtype == torch.bfloat16
+    x = torch.randn(3, 16)
+    assert_near(target(x.bfloat16()), source(x).double(), torch.bfloat16)
+
+
+def test_loading_damaged_indices_is_an_error():
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(16, 16, 8, 1.0), 8)
+    state = sparse.state_dict() | {"col_indices": torch.tensor([0, 9, 0, 1], dtype=torch.int32)}
+    with pytest.raises(ValueError, match=r"col_indices must lie in \[0, 2\)"):
+        sparse.load_state_dict(state)
+
+
+def test_bias_is_shared_and_trainable_and_a_plain_tensor_is_a_buffer():
+    linear = linear_with_zero_blocks(16, 16, 8, 2)
+    sparse = BlockSparseLinear.from_dense(linear.eval(), 8)
+    assert sparse.bias is linear.bias and [*sparse.parameters()] == [linear.bias]
+    assert not sparse.training
+    frozen = BlockSparseLinear(sparse.bsr, linear.bias.detach())
+    assert not [*frozen.parameters()] and "bias" in frozen.state_dict()
+
+
+def test_padding_is_inside_and_repr_tells():
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(10, 20, 16, 1), 16, backend="gather")
+    assert (sparse.out_features, sparse.in_features) == (10, 20)
+    text = "in_features=20, out_features=10, bias=True, block_size=16, sparsity=0.500, backend='gather'"
+    assert text in repr(sparse)
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picky():
+    """A backend that refuses this machine, registered for one test."""
+
+    class Picky(Backend):
+        name = "picky"
+
+        @classmethod
+        def refusal(cls, device, dtype, block_size):
+            return f"it wants blocks of 7, not {block_size}" if block_size != 7 else None
+
+        @classmethod
+        def preference(cls, device, dtype, block_size):
+            return 99.0
+
+        @staticmethod
+        def pack(weight):
+            return {"weight": weight.to_dense(padded=True)}
+
+        @staticmethod
+        def linear(x, packed, bias, activation):
+            return F.linear(x, packed["weight"], bias) + 1000
+
+    register(Picky)
+    yield Picky
+    del registry._BACKENDS["picky"]
+
+
+def test_auto_takes_the_preferred_among_those_that_can(picky):
+    assert resolve("auto", CPU, torch.float32, 7) is picky
+    assert resolve("auto", CPU, torch.float32, 8) is not picky
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(7, 7, 7, 1), 7)
+    assert sparse(torch.zeros(1, 7)).min() > 900
+
+
+def test_auto_on_cpu_prefers_gather_to_dense_and_to_pytorchs_bsr():
+    ranks = {name: backends()[name].preference(CPU, torch.float32, 32) for name in NAMES}
+    assert ranks["gather"] > ranks["dense"] > ranks["torch"]
+
+
+def test_an_unavailable_backend_says_why_and_what_can(picky):
+    with pytest.raises(BackendUnavailableError) as error:
+        BlockSparseLinear.from_dense(linear_with_zero_blocks(8, 8, 8, 1), 8, backend="picky")
+    for part in ("'picky'", "torch.float32 on cpu", "blocks of 8", "it wants blocks of 7, not 8", "auto", "'gather'"):
+        assert part in str(error.value)
+
+
+def test_pytorchs_backend_refuses_half_precision_on_cpu():
+    with pytest.raises(BackendUnavailableError, match=r"cannot run torch\.bfloat16 on cpu.*float32 and float64 only"):
+        resolve("torch", CPU, torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize("block_size", [8, 24])
+def test_pytorchs_backend_refuses_odd_blocks_on_cuda(block_size):
+    assert "power of two and at least 16" in backends()["torch"].refusal(
+        torch.device("cuda"), torch.float32, block_size
+    )
+
+
+def test_no_backend_at_all(monkeypatch):
+    monkeypatch.setattr(registry, "_BACKENDS", {"torch": backends()["torch"]})
+    with pytest.raises(
+        BackendUnavailableError, match=r"no backend runs torch\.bfloat16 on cpu in blocks of 16 \(torch:"
+    ):
+        resolve("auto", CPU, torch.bfloat16, 16)
+
+
+def test_unknown_backend_and_activation():
+    weight = BSRMatrix.from_dense(torch.ones(4, 4), 2)
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of \['dense', 'gather'"):
+        BlockSparseLinear(weight, backend="cuda")
+    with pytest.raises(ValueError, match=r"activation is 'relu'; expected one of \[None, 'gelu', 'gelu_tanh'\]"):
+        BlockSparseLinear(weight, activation="relu")
+
+
+def test_a_name_registers_once(picky):
+    with pytest.raises(ValueError, match="a backend named 'picky' is already registered"):
+        register(picky)
+
+
+def test_the_registry_is_handed_out_as_a_copy():
+    backends().clear()
+    assert "dense" in backends()
+
+
+def test_an_incomplete_backend_does_not_count_as_one():
+    assert {"refusal", "preference", "pack", "linear"} <= Backend.__abstractmethods__
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_result_equals_dense_on_gpu(name, dtype):
+    device = torch.device("cuda")
+    if refusal := backends()[name].refusal(device, dtype, 32):
+        pytest.skip(refusal)
+    linear = linear_with_zero_blocks(100, 130, 32, 0.3, dtype=dtype).to(device)
+    sparse = BlockSparseLinear.from_dense(linear, 32, backend=name)
+    x = torch.randn(2, 50, 130, device=device, dtype=dtype)
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    assert_near(sparse(x), expected, dtype)
+
+
+def test_the_tests_own_masking_leaves_whole_blocks():
+    weight = linear_with_zero_blocks(20, 12, 8, 2).weight
+    assert int((block_view(weight.detach(), 8) != 0).any(dim=3).any(dim=1).sum()) == 2

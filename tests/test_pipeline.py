@@ -1,0 +1,362 @@
+"""The pipeline, on a study of two tiny notebooks."""
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import blockvit
+from blockvit import pipeline
+from blockvit.notebook import COMPUTED, Notebook, PublishError, published
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def write_notebook(root, name, parameters, *sources, title="A question?"):
+    cells = [new_markdown_cell(f"# {title}\n\n![a dot](../dot.png) ![far](https://example.org/far.png)")]
+    cells += [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in sources]
+    cells += [new_markdown_cell("## What it means\n\nSee [the next](02_second.ipynb).")]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    path = root / "notebooks" / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_profile(root, name, text):
+    (root / "notebooks" / "profiles" / f"{name}.yaml").write_text(text)
+
+
+def make_study(root):
+    (root / "notebooks" / "profiles").mkdir(parents=True)
+    (root / "data" / "reference").mkdir(parents=True)
+    (root / "dot.png").write_bytes(base64.b64decode(PNG))
+    (root / "README.md").write_text("# Study\n<!-- claims:begin -->\nold\n<!-- claims:end -->\nend\n")
+    write_notebook(
+        root,
+        "01_first",
+        'profile = "laptop"\nseeds = [0, 1]  # seeds = more\nrate = 0.5\ndata_root = ""',
+        "from pathlib import Path\nPath('order.txt').open('a').write('first ')\nseeds, rate",
+        "print(Path.cwd() / 'here')\nfor i in range(3): print(i, end='\\r')",
+        title="First?",
+    )
+    write_notebook(
+        root,
+        "02_second",
+        'profile = "laptop"\nremeasure = False\nrate = 0.1\nwait = 0',
+        "import sys, time\nfrom pathlib import Path\nPath('order.txt').open('a').write('second ')\ntime.sleep(wait)",
+        "rate, remeasure, profile",
+        title="Second?",
+    )
+    write_profile(root, "laptop", "description: the default\n")
+    write_profile(
+        root, "big", "description: a big one\nnotebooks: [02_second]\nall: {rate: 1e-3}\n02_second: {wait: 2}\n"
+    )
+    write_profile(root, "gpu", "requires: cuda\n")
+    return root
+
+
+@pytest.fixture
+def study(tmp_path):
+    return make_study(tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run of the default profile; tests read it and leave it as it is."""
+    root = make_study(tmp_path_factory.mktemp("finished") / "study")
+    output = io.StringIO()
+    report = pipeline.reproduce(root=root, publish=True, output=output)
+    return types.SimpleNamespace(root=root, report=report, output=output.getvalue())
+
+
+def names(steps):
+    return [notebook.name for notebook, _ in steps]
+
+
+def planned(root, profile="laptop", **options):
+    notebooks = pipeline.find_notebooks(root / "notebooks")
+    chosen = pipeline.read_profile(root / "notebooks" / "profiles", profile, notebooks)
+    return pipeline.plan(notebooks, chosen, **options)
+
+
+def output_text(path):
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.get("text") or output["data"]["text/plain"] for output in outputs]
+
+
+# planning
+
+
+def test_profile_parameters_reach_the_notebooks_that_have_them(study):
+    steps = planned(study, "big", only=["02_second", "01_first.ipynb"], overrides={"seeds": [3]})
+    assert names(steps) == ["01_first", "02_second"]
+    assert dict(steps[0][1]) == {"rate": 1e-3, "seeds": [3], "profile": "big"}
+    assert dict(steps[1][1]) == {"rate": 1e-3, "wait": 2, "profile": "big"}
+
+
+def test_profile_chooses_its_notebooks(study):
+    assert names(planned(study, "big")) == ["02_second"]
+    assert names(planned(study)) == ["01_first", "02_second"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profile": "lapotp"}, "unknown profile 'lapotp'; did you mean 'laptop'"),
+        ({"only": ["02_secund"]}, "unknown notebook '02_secund'; did you mean '02_second'"),
+        ({"parameters": {"sedes": [1]}}, "unknown parameter 'sedes'; did you mean 'seeds'"),
+        ({"only": ["02_second"], "parameters": {"seeds": [1]}}, "unknown parameter 'seeds'"),
+        ({"only": ["02_second"], "data": "/data"}, "unknown parameter 'data_root'"),
+        ({"only": ["01_first"], "remeasure": True}, "unknown parameter 'remeasure'"),
+        ({"parameters": {"profile": "big"}}, "choose it with --profile"),
+        ({"parameters": {"seeds": 3}}, r"01_first: parameter 'seeds' is given 3, expected a list .*\[0, 1\]"),
+        ({"parameters": {"seeds": ["a"]}}, "expected a list, each member a number"),
+        ({"parameters": {"remeasure": 1}}, "expected true or false"),
+        ({"parameters": {"rate": "fast"}}, "expected a number"),
+        ({"publish": True, "only": ["01_first"]}, "all 2 notebooks"),
+        ({"publish": True, "profile": "big"}, "takes the profile laptop"),
+        ({"publish": True, "parameters": {"rate": 2}}, "01_first is given rate=2"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_runs(study, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.reproduce(root=study, **options)
+    assert not (study / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("al: {rate: 1}", "unknown key 'al'; did you mean 'all'"),
+        ("all: {rte: 1}", "all: unknown parameter 'rte'; did you mean 'rate'"),
+        ("01_first: {wait: 1}", "01_first: unknown parameter 'wait'"),
+        ("01_first: 3", "01_first is 3, expected a mapping"),
+        ("notebooks: [01_frist]", "did you mean '01_first'"),
+        ("requires: cdua", "did you mean 'cuda'"),
+        ("all: [", "is no YAML"),
+        ("- 1", "expected a mapping"),
+    ],
+)
+def test_wrong_profile_is_refused(study, text, message):
+    write_profile(study, "wrong", text)
+    with pytest.raises(ValueError, match=message):
+        planned(study, "wrong")
+
+
+def test_values_that_may_fit_are_accepted(study):
+    write_notebook(study, "03_third", "nothing = None\ncount: int = 3\ncomputed = 2 * count\npair = (1, 2)")
+    notebook = Notebook.read(study / "notebooks" / "03_third.ipynb")
+    assert notebook.defaults == {"nothing": None, "count": 3, "computed": COMPUTED, "pair": (1, 2)}
+    for name, value in {"nothing": "x", "count": 0.5, "computed": "x", "pair": [3]}.items():
+        notebook.check(name, value)
+
+
+def test_command_line_answers_in_one_line(study, monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKVIT_HOME", str(study))
+    assert pipeline.main(["-p", "sedes=[1]"]) == 2
+    assert pipeline.main(["-p", "seeds"]) == 2
+    assert pipeline.main(["-p", "rate=1e-3", "--profile", "nowhere"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+
+
+def test_values_on_the_command_line_are_yaml():
+    given = ["a=1e-3", "b=[1, x]", "c=true", "d=a=b", "e="]
+    assert pipeline._parse_parameters(given) == {"a": 1e-3, "b": [1, "x"], "c": True, "d": "a=b", "e": None}
+
+
+def test_missing_cuda_stops_at_once(study, monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKVIT_HOME", str(study))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pipeline.main(["--profile", "gpu"]) == 3
+    assert "profile gpu requires a CUDA device" in capsys.readouterr().err
+    assert not (study / "build").exists()
+
+
+def test_import_leaves_torch_alone():
+    """The module itself; what the package imports at its top is not the pipeline's to say."""
+    source = Path(importlib.util.find_spec("blockvit.pipeline").origin)
+    code = f"""
+import importlib, sys, types
+package = types.ModuleType("blockvit"); package.__path__ = [{str(source.parent)!r}]
+sys.modules["blockvit"] = package
+importlib.import_module("blockvit.pipeline")
+print(sorted({{"torch", "pandas", "papermill", "nbconvert"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# running
+
+
+def test_notebooks_run_in_order_in_their_folder(finished):
+    assert (finished.root / "notebooks" / "order.txt").read_text() == "first second "
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(finished):
+    assert "\r" not in finished.output and "\x1b" not in finished.output
+    assert re.search(r"^\[2/2\] 02_second  cell 5/5  \d+:\d\d  done$", finished.output, re.MULTILINE)
+    assert finished.output.endswith(f"report: {finished.report}\n")
+
+
+def test_report_is_one_file_that_fetches_nothing(finished):
+    html = finished.report.read_text()
+    assert finished.report == finished.root / "build" / "laptop" / "report.html"
+    references = re.findall(r"""(?:\bsrc|<link[^>]*\bhref|\bdata|poster|srcset)\s*=\s*["']?([^"'\s>]+)""", html)
+    assert references and all(reference.startswith("data:") for reference in references)
+    assert "<script" not in html and "@import" not in html and not re.search(r"url\((?!['\"]?data:)", html)
+    assert "default-src 'none'" in html
+    assert PNG in html
+
+
+def test_report_has_contents_and_folded_code(finished):
+    html = finished.report.read_text()
+    anchors = re.findall(r'<a href="#([^"]+)"', html)
+    assert [a for a in anchors if a in ("01_first", "02_second")][:2] == ["01_first", "02_second"]
+    assert all(f'id="{anchor}"' in html for anchor in anchors)
+    assert "What it means</a>" in html and "First?" in html
+    assert html.count('<details class="code"><summary>code</summary>') == 6
+    assert html.index("<title>BlockViT · laptop · ") < html.index("</title>")
+
+
+def test_published_notebooks_hold_outputs_and_nothing_of_the_run(finished):
+    path = finished.root / "notebooks" / "01_first.ipynb"
+    text = path.read_text()
+    for trace in ("papermill", "injected-parameters", '"execution"', str(finished.root), str(Path.home())):
+        assert trace not in text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [1, 2, 3]
+    assert cells[1]["outputs"][0]["execution_count"] == 2
+    assert output_text(path) == ["([0, 1], 0.5)", f"{Path('notebooks') / 'here'}\n2\r"]
+    original = make_study(finished.root.parent / "again") / "notebooks" / "01_first.ipynb"
+    sources = [[(c["id"], c["source"]) for c in json.loads(p.read_text())["cells"]] for p in (path, original)]
+    assert sources[0] == sources[1]
+    assert text == published(path, finished.root / "build" / "laptop" / "01_first.ipynb", finished.root)
+
+
+def test_publishing_refuses_changed_sources(finished, tmp_path):
+    changed = tmp_path / "01_first.ipynb"
+    executed = finished.root / "build" / "laptop" / "01_first.ipynb"
+    changed.write_text((finished.root / "notebooks" / "01_first.ipynb").read_text().replace("seeds, rate", "rate"))
+    with pytest.raises(PublishError, match="01_first: cell 3 of the notebook is not what was executed"):
+        published(changed, executed, finished.root)
+
+
+def test_publishing_refuses_paths_of_the_machine(finished, tmp_path):
+    executed = tmp_path / "01_first.ipynb"
+    text = (finished.root / "build" / "laptop" / "01_first.ipynb").read_text()
+    executed.write_text(text.replace(str(finished.root), str(Path(sys.prefix) / "lib")))
+    with pytest.raises(PublishError, match="01_first, cell 4: an output names"):
+        published(finished.root / "notebooks" / "01_first.ipynb", executed, finished.root)
+
+
+def test_failure_names_the_cell_keeps_outputs_and_stops(study, monkeypatch, capsys):
+    write_notebook(study, "02_second", "rate = 1", "1 + 1", "\n\nrows = []\nrows[rate]")
+    write_notebook(study, "03_third", "rate = 1", "open('third.txt', 'w')")
+    monkeypatch.setenv("BLOCKVIT_HOME", str(study))
+    assert pipeline.main(["--only", "02_second", "03_third", "-p", "rate=7"]) == 1
+    message = capsys.readouterr().err
+    partial = study / "build" / "laptop" / "02_second.ipynb"
+    assert "02_second stopped at cell 4 of 5, which begins `rows = []`" in message
+    assert "IndexError: list index out of range" in message and str(partial) in message
+    cells = [cell for cell in nbformat.read(partial, as_version=4).cells if cell.cell_type == "code"]
+    assert cells[1].source.endswith("rate = 7\n") and cells[2].outputs[0]["data"]["text/plain"] == "2"
+    assert not (study / "notebooks" / "third.txt").exists()
+    assert not (study / "build" / "laptop" / "report.html").exists()
+
+
+def test_dead_kernel_is_a_failure_with_a_name(study):
+    write_notebook(study, "01_first", "x = 1", "import os\nos._exit(9)")
+    with pytest.raises(pipeline.NotebookError, match="01_first stopped at cell 3 of 4"):
+        pipeline.reproduce(root=study, only=["01_first"], output=io.StringIO())
+
+
+def start(root, *arguments):
+    """A run in a process of its own, from a folder and a PATH that know nothing of the interpreter."""
+    paths = os.pathsep.join([str(Path(blockvit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "BLOCKVIT_HOME": str(root), "PYTHONPATH": paths, "PATH": "/nonexistent"}
+    command = [sys.executable, "-m", "blockvit.pipeline", *arguments]
+    return subprocess.Popen(
+        command, env=environment, cwd="/", text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_interleaved_runs(study):
+    write_notebook(study, "02_second", "profile = ''\nwait = 0", "import time\ntime.sleep(wait)", "profile")
+    write_profile(study, "big", "notebooks: [02_second]\n02_second: {wait: 2}\n")
+    slow, other = start(study, "--profile", "big"), start(study, "--only", "02_second")
+    copy = study / "build" / "big" / "02_second.ipynb"
+    while not copy.exists() and slow.poll() is None:
+        time.sleep(0.05)
+    with pytest.raises(pipeline.BusyError, match=f"profile big is being run already .process {slow.pid},"):
+        pipeline.reproduce("big", root=study, output=io.StringIO())
+    for process, profile in ((slow, "big"), (other, "laptop")):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and errors == ""
+        assert output_text(study / "build" / profile / "02_second.ipynb") == [repr(profile)]
+        assert (study / "build" / profile / "report.html").exists()
+
+
+# README
+
+
+def test_readme_is_refreshed_after_the_claims(study, monkeypatch):
+    write_notebook(study, "06_claims", "results_dir = ''")
+    monkeypatch.setattr(pipeline, "execute", lambda *_, **__: None)
+    claims = types.SimpleNamespace(markdown=lambda store: f"| from {store.root.relative_to(study)} |")
+    monkeypatch.setitem(sys.modules, "blockvit.claims", claims)
+    monkeypatch.setattr(blockvit, "claims", claims, raising=False)
+    monkeypatch.setenv("BLOCKVIT_RESULTS", str(study / "tables"))
+    pipeline.reproduce(root=study, only=["01_first"], output=io.StringIO())
+    pipeline.reproduce(root=study, readme=False, output=io.StringIO())
+    assert "old" in (study / "README.md").read_text()
+    pipeline.reproduce(root=study, output=io.StringIO())
+    expected = "# Study\n<!-- claims:begin -->\n| from tables |\n<!-- claims:end -->\nend\n"
+    assert (study / "README.md").read_text() == expected
+    pipeline.reproduce(root=study, parameters={"results_dir": "../others"}, output=io.StringIO())
+    assert "| from others |" in (study / "README.md").read_text()
+
+
+def test_missing_claims_marker_is_told_before_the_run(study):
+    write_notebook(study, "06_claims", "x = 1")
+    (study / "README.md").write_text("# Study\n")
+    with pytest.raises(ValueError, match="'<!-- claims:begin -->' 0 times, expected once"):
+        pipeline.reproduce(root=study)
+    assert not (study / "build").exists()
+
+
+def test_readme_sections_are_replaced_between_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- a:begin -->\n1\n<!-- a:end -->\n<!-- b:begin --><!-- b:end -->\n")
+    readme.chmod(0o640)
+    pipeline.refresh_readme(readme, {"a": "new\n", "b": "more"})
+    wanted = "<!-- a:begin -->\nnew\n<!-- a:end -->\n<!-- b:begin -->\nmore\n<!-- b:end -->\n"
+    assert readme.read_text() == wanted and readme.stat().st_mode & 0o777 == 0o640
+    pipeline.refresh_readme(readme, {"a": "new\n"})
+    assert readme.read_text() == wanted
+    assert list(tmp_path.iterdir()) == [readme]
+
+
+@pytest.mark.parametrize("text", ["", "<!-- a:begin -->", "<!-- a:end --><!-- a:begin -->", "<!-- a:begin -->" * 2])
+def test_readme_without_its_markers_is_left_alone(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match=r"README\.md holds"):
+        pipeline.refresh_readme(readme, {"a": "new"})
+    assert readme.read_text() == text

@@ -1,0 +1,531 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blockvit import data, models, train
+from blockvit.data import DataSplits, ImageTensors
+
+STATS = ((0.5,) * 3, (0.25,) * 3)
+TINY = train.Recipe(epochs=3, batch_size=8, lr=1e-3, weight_decay=0.1, lr_warmup_epochs=1, label_smoothing=0.1)
+
+
+def tiny_model(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    settings = {"num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 32, "num_classes": 2} | kwargs
+    return models.create("vit_digits", **settings)
+
+
+def tiny_data(count=32, size=8, classes=2):
+    """Pictures that are dark in class 0 and bright in class 1."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(count) % classes
+    noise = torch.randint(0, 100, (count, 3, size, size), generator=generator)
+    images = ImageTensors((noise + 150 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, *STATS)
+    return DataSplits("tiny", "made here", images, images, [str(c) for c in range(classes)], size)
+
+
+def run(recipe=TINY, model=None, **kwargs):
+    model = model or tiny_model()
+    return model, train.fit(model, tiny_data(), recipe, progress=False, **kwargs)
+
+
+def same_weights(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+# The loop
+
+
+def test_learns_and_records_every_epoch():
+    recipe = replace(TINY, epochs=6, lr=3e-3)
+    _, history = run(recipe)
+    assert [e["epoch"] for e in history.epochs] == [1, 2, 3, 4, 5, 6]
+    assert history.top1 == 1.0
+    assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
+    assert history.seconds == pytest.approx(sum(e["seconds"] for e in history.epochs))
+    assert history.epochs[0]["lr"] == pytest.approx(train.learning_rate(recipe, 3, 4))
+
+
+def test_eval_every_skips_all_but_the_last():
+    _, history = run(eval_every=2)
+    assert [e["test_top1"] is None for e in history.epochs] == [True, False, False]
+    assert [e["test_loss"] is None for e in history.epochs] == [True, False, False]
+
+
+def test_same_seed_same_weights_and_the_callers_random_state_stays():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    model, other_start = tiny_model(), tiny_model()
+    torch.manual_seed(3)
+    run(model=model)
+    assert torch.equal(torch.rand(1), expected)
+    assert same_weights(model, run(model=other_start)[0])
+    assert not same_weights(model, run(replace(TINY, seed=1))[0])
+
+
+def test_one_step_is_adamw_on_the_smoothed_loss():
+    recipe = replace(TINY, epochs=1, batch_size=32, lr_warmup_epochs=0, clip_grad_norm=0.01)
+    model, reference = tiny_model(), tiny_model()
+    run(recipe, model)
+    images = tiny_data().train
+    loss = F.cross_entropy(
+        reference(data.normalize(images.images, *STATS)), images.labels, label_smoothing=recipe.label_smoothing
+    )
+    loss.backward()
+    assert nn.utils.clip_grad_norm_(reference.parameters(), 0.01) > 0.01  # so that clipping matters
+    torch.optim.AdamW(reference.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay).step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        # Adam's first step is lr * sign(gradient): where the gradient is rounding noise, the sign is too.
+        clear = theirs.grad.abs() > 1e-6
+        torch.testing.assert_close(ours[clear], theirs[clear], rtol=1e-4, atol=2e-5)
+
+
+def test_files_train_like_tensors(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label in ("dark", "light"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (12, 12), (200 * (label == "light") + i,) * 3).save(
+                    tmp_path / split / label / f"{i}.png"
+                )
+    splits = data.load("folder", tmp_path, image_size=8)
+    recipe = replace(TINY, batch_size=4, lr=3e-3, epochs=6, auto_augment="ra", hflip=True)
+    one, other = tiny_model(), tiny_model()
+    history = train.fit(one, splits, recipe, progress=False)
+    assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
+    train.fit(other, splits, recipe, progress=False)
+    assert same_weights(one, other)
+    with_workers = train.evaluate(one, splits.test, num_workers=1)
+    assert with_workers == pytest.approx(train.evaluate(one, splits.test))
+
+
+def test_bf16_autocast_on_the_cpu():
+    seen = []
+    model = tiny_model()
+    model.encoder.layers[0].mlp[0].register_forward_hook(lambda m, args, out: seen.append((m.training, out.dtype)))
+    _, history = run(replace(TINY, amp=True, epochs=5, lr=3e-3), model)
+    assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in seen if not training} == {torch.float32}
+    assert history.top1 == 1.0
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_amp_on_the_gpu(dtype):
+    recipe = replace(
+        TINY, amp=True, amp_dtype=dtype, epochs=6, lr=3e-3, clip_grad_norm=1.0, hflip=True, mixup_alpha=0.2
+    )
+    _, history = run(recipe, device="cuda")
+    assert history.top1 == 1.0
+
+
+def test_evaluate_counts_every_picture_once_and_restores_the_mode():
+    class Brightness(nn.Module):
+        def forward(self, x):
+            bright = x.mean((1, 2, 3))
+            return torch.stack([-bright, bright], 1)
+
+    splits = tiny_data(33)
+    wrong = replace(splits.test, labels=splits.test.labels.clone())
+    wrong.labels[-3:] = 1 - wrong.labels[-3:]
+    model = Brightness().train()
+    result = train.evaluate(model, wrong, batch_size=10)
+    assert result["top1"] == pytest.approx(30 / 33)
+    logits = model(data.normalize(wrong.images, *STATS))
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, wrong.labels).item())
+    assert model.training
+
+
+# Learning rate, parameter groups, averages
+
+
+def test_learning_rate_warms_up_linearly_then_follows_a_cosine():
+    recipe = train.Recipe(epochs=10, batch_size=1, lr=1.0, lr_warmup_epochs=2, lr_warmup_decay=0.1, lr_min=0.2)
+    rate = [train.learning_rate(recipe, step, 5) for step in range(51)]
+    assert rate[0] == pytest.approx(0.1)
+    assert rate[5] == pytest.approx(0.55)
+    assert rate[10] == pytest.approx(1.0)
+    assert rate[30] == pytest.approx(0.6)
+    assert rate[20] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate[50] == pytest.approx(0.2)
+
+
+def test_learning_rate_without_warm_up_starts_at_its_peak():
+    assert train.learning_rate(replace(TINY, lr_warmup_epochs=0), 0, 4) == TINY.lr
+
+
+class WithScores(nn.Module):
+    """A model with supermask-like scores that take part in the result, and a frozen parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = tiny_model()
+        self.vit.heads.head.scores = nn.Parameter(torch.ones(2))
+        self.vit.conv_proj.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.vit(x) * self.vit.heads.head.scores + torch.tensor([0.0, 1.0]) * self.vit.heads.head.scores
+
+
+def test_parameter_groups():
+    recipe = replace(TINY, norm_weight_decay=0.2, bias_weight_decay=0.3, transformer_embedding_decay=0.0, scores_lr=0.5)
+    model = WithScores()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in train.parameter_groups(model, recipe)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "weights": 0.1, "norm": 0.2, "bias": 0.3, "embedding": 0.0, "scores": 0.1
+    }  # fmt: skip
+    assert {name: group["peak_lr"] for name, group in groups.items() if name != "weights"} == {
+        "norm": 1e-3, "bias": 1e-3, "embedding": 1e-3, "scores": 0.5
+    }  # fmt: skip
+    members = {name: {names[p] for p in group["params"]} for name, group in groups.items()}
+    assert members["scores"] == {"vit.heads.head.scores"}
+    assert members["embedding"] == {"vit.class_token", "vit.encoder.pos_embedding"}
+    assert "vit.encoder.ln.bias" in members["norm"]
+    assert "vit.encoder.layers.encoder_layer_0.self_attention.in_proj_bias" in members["bias"]
+    trained = [name for group in members.values() for name in group]
+    assert sorted(trained) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_scores_step_by_their_own_learning_rate():
+    recipe = replace(TINY, epochs=1, lr_warmup_epochs=0, batch_size=32, weight_decay=0.0, scores_lr=0.5)
+    model, before = WithScores(), WithScores()
+    before.load_state_dict(model.state_dict())
+    run(recipe, model)
+
+    def largest_step(name):
+        return (model.get_parameter(name) - before.get_parameter(name)).abs().max().item()
+
+    # Adam's first step is as long as its learning rate.
+    assert largest_step("vit.heads.head.scores") == pytest.approx(0.5, rel=0.01)
+    assert largest_step("vit.heads.head.bias") == pytest.approx(recipe.lr, rel=0.01)
+    assert largest_step("vit.conv_proj.weight") == 0
+
+
+def test_a_shared_parameter_is_trained_once():
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer, nn.Sequential(layer))
+    assert sum(len(group["params"]) for group in train.parameter_groups(model, TINY)) == 2
+
+
+def test_ema_decay_is_the_references():
+    recipe = train.recipe_for("imagenet", batch_size=4096)
+    assert train.ema_decay(recipe) == pytest.approx(1 - 2e-5 * 4096 * 32 / 300)
+    assert train.ema_decay(replace(TINY, model_ema_decay=0.0)) == 0.0
+
+
+def test_ema_is_a_copy_in_warm_up_and_an_average_after():
+    recipe = replace(TINY, model_ema=True, model_ema_steps=1, model_ema_decay=0.9, batch_size=4, epochs=2)
+    decay = train.ema_decay(recipe)
+    model = nn.Linear(1, 1)
+    trainer = train._Trainer.make(model, recipe, torch.device("cpu"), 8, 2)
+
+    def average_of(weight, warming_up):
+        nn.init.constant_(model.weight, weight)
+        trainer.update_ema(warming_up)
+        return trainer.averaged.weight.item()
+
+    assert average_of(1.0, True) == 1.0
+    assert average_of(2.0, True) == 2.0
+    assert average_of(3.0, False) == 3.0
+    assert average_of(5.0, False) == pytest.approx(3 * decay + 5 * (1 - decay))
+
+
+def test_ema_weights_are_evaluated_and_returned():
+    recipe = replace(TINY, model_ema=True, model_ema_steps=1, model_ema_decay=0.99)
+    averaged, history = run(recipe)
+    plain, _ = run()
+    assert not same_weights(averaged, plain)
+    assert history.epochs[-1]["test_loss"] == pytest.approx(train.evaluate(averaged, tiny_data().test)["loss"])
+
+
+# Augmentation
+
+
+def test_shift_moves_whole_pictures_over_a_black_border():
+    images = torch.zeros(200, 3, 5, 5, dtype=torch.uint8)
+    images[:, :, 2, 2] = 9
+    torch.manual_seed(0)
+    shifted = train.augment(images, replace(TINY, random_crop_padding=1))
+    places = shifted[:, 0].nonzero()
+    assert len(places) == 200
+    assert {tuple(place) for place in places[:, 1:].tolist()} == {(r, c) for r in (1, 2, 3) for c in (1, 2, 3)}
+    assert torch.equal(shifted[:, 0], shifted[:, 2])
+
+
+def test_flip_mirrors_about_half():
+    images = torch.arange(4, dtype=torch.uint8).expand(200, 3, 4, 4)
+    torch.manual_seed(0)
+    mirrored = train.augment(images, replace(TINY, hflip=True))[:, 0, 0, 0] == 3
+    assert 70 < int(mirrored.sum()) < 130
+
+
+def test_randaugment_draws_for_each_group_of_pictures():
+    pictures = tiny_data(1, size=32).train.images.expand(5 * train.RA_GROUP, -1, -1, -1)
+    torch.manual_seed(1)
+    result = train.augment(pictures, replace(TINY, auto_augment="ra"))
+    assert (result.shape, result.dtype) == (pictures.shape, torch.uint8)
+    groups = result.flatten(1).split(train.RA_GROUP)
+    assert all((group == group[0]).all() for group in groups)
+    assert len(torch.stack([group[0] for group in groups]).unique(dim=0)) > 2
+
+
+@pytest.mark.parametrize(
+    ("alphas", "mixes"), [((0.2, 0.0), {"MixUp"}), ((0.0, 1.0), {"CutMix"}), ((0.2, 1.0), {"MixUp", "CutMix"})]
+)
+def test_mixing_trains_on_soft_labels(alphas, mixes, monkeypatch):
+    used, targets = set(), []
+    for name in ("MixUp", "CutMix"):
+        mix = getattr(train.v2, name)
+        original = mix.transform
+
+        def transform(self, value, params, name=name, original=original):
+            used.add(name)
+            return original(self, value, params)
+
+        monkeypatch.setattr(mix, "transform", transform)
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(train.F, "cross_entropy", lambda x, y, **kw: targets.append(y) or cross_entropy(x, y, **kw))
+    run(replace(TINY, epochs=4, mixup_alpha=alphas[0], cutmix_alpha=alphas[1]), eval_every=9)
+    soft = torch.cat([target for target in targets if target.ndim == 2])
+    assert used == mixes
+    assert torch.allclose(soft.sum(1), torch.ones(len(soft)))
+    assert ((soft > 0.01) & (soft < 0.99)).any()
+
+
+# Checkpoints
+
+EVERYTHING = replace(
+    TINY,
+    model_ema=True,
+    model_ema_steps=2,
+    mixup_alpha=0.2,
+    cutmix_alpha=1.0,
+    auto_augment="ra",
+    hflip=True,
+    random_crop_padding=1,
+    clip_grad_norm=1.0,
+)
+
+KILLED_RUN = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    from test_train import EVERYTHING, run, tiny_model
+
+    torch.set_num_threads(1)
+    model = tiny_model(dropout=0.1)
+    steps = 0
+
+    def die_in_the_third_epoch(module, args):
+        global steps
+        steps += module.training
+        if steps == 4 + 4 + 2:  # four steps an epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.register_forward_pre_hook(die_in_the_third_epoch)
+    run(EVERYTHING, model, checkpoint={checkpoint!r})
+"""
+
+
+def test_killed_run_resumes_to_bit_identical_weights(tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    script = textwrap.dedent(KILLED_RUN).format(tests=str(Path(__file__).parent), checkpoint=str(checkpoint))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(torch.load(checkpoint)["history"]) == 2
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, whole_history = run(EVERYTHING, tiny_model(dropout=0.1))
+        torch.manual_seed(99)  # whatever the state of the resuming process
+        resumed, history = run(EVERYTHING, tiny_model(seed=5, dropout=0.1), checkpoint=checkpoint)
+    finally:
+        torch.set_num_threads(threads)
+    assert same_weights(whole, resumed)
+    measured = ("epoch", "train_loss", "test_loss", "test_top1", "lr")
+    for one, two in zip(whole_history.epochs, history.epochs, strict=True):
+        assert [one[key] for key in measured] == [two[key] for key in measured]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    model, history = run(checkpoint=tmp_path / "run.pt")
+    return tmp_path / "run.pt", model, history
+
+
+def test_finished_checkpoint_returns_at_once(finished):
+    path, model, history = finished
+    other = tiny_model(seed=5)
+    other.register_forward_pre_hook(lambda *args: pytest.fail("trained again"))
+    _, again = run(model=other, checkpoint=path)
+    assert same_weights(model, other)
+    assert again == history
+    assert json.loads(json.dumps(again.epochs)) == history.epochs
+
+
+def test_resume_false_starts_anew(finished):
+    path, model, _ = finished
+    _, history = run(model=model, checkpoint=path, resume=False)
+    assert len(history.epochs) == 3
+    assert torch.load(path)["history"] == history.epochs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "difference"),
+    [
+        (replace(TINY, lr=2e-3), {}, "recipe: lr is 0.001 there and 0.002 here"),
+        (replace(TINY, seed=1), {}, "recipe: seed is 0 there and 1 here"),
+        (TINY, {"mlp_dim": 64}, r"model: encoder.layers.encoder_layer_0.mlp.0 is .*out_features=32.* there and .*=64"),
+        (TINY, {"num_layers": 2}, "model: encoder.layers.encoder_layer_1 is None there"),
+    ],
+)
+def test_checkpoint_of_another_run_names_the_difference(finished, recipe, model, difference):
+    path = finished[0]
+    before = path.read_bytes()
+    with pytest.raises(train.CheckpointError, match=rf"run.pt belongs to another run: {difference}.*resume=False"):
+        run(recipe, tiny_model(**model), checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_checkpoint_of_another_data_set(finished):
+    with pytest.raises(train.CheckpointError, match="data: training pictures is 32 there and 40 here"):
+        train.fit(tiny_model(), tiny_data(40), TINY, checkpoint=finished[0], progress=False)
+
+
+def test_checkpoint_tells_sparsities_apart(tmp_path):
+    class Sparse(nn.Linear):
+        sparsity = 0.9
+
+        def extra_repr(self):
+            return f"sparsity={self.sparsity}"
+
+    def model(sparsity):
+        model = tiny_model()
+        model.heads.head = Sparse(16, 2)
+        model.heads.head.sparsity = sparsity
+        return model
+
+    run(model=model(0.9), checkpoint=tmp_path / "run.pt")
+    with pytest.raises(train.CheckpointError, match=r"heads.head is 'Sparse\(sparsity=0.9\)' there and .*0.8"):
+        run(model=model(0.8), checkpoint=tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign"])
+def test_damaged_checkpoint(finished, damage):
+    path = finished[0]
+    if damage == "foreign":
+        torch.save({"model": {}}, path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(
+        train.CheckpointError, match=r"run.pt is truncated or no checkpoint .* delete it, or pass resume"
+    ):
+        run(checkpoint=path)
+
+
+def test_checkpoint_loads_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    torch.save(Evil(), tmp_path / "run.pt")
+    with pytest.raises(train.CheckpointError, match="no checkpoint of this library"):
+        run(checkpoint=tmp_path / "run.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_nan_loss_stops_with_the_place_and_keeps_the_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    model = tiny_model()
+    passes = []
+
+    def break_second_epoch(module, args, output):
+        passes.extend([1] * module.training)
+        return output * math.nan if len(passes) >= 4 + 3 else output  # four steps an epoch
+
+    model.register_forward_hook(break_second_epoch)
+    with pytest.raises(
+        train.NonFiniteLossError, match=r"became nan in epoch 2, step 3 of 4, at learning rate 0.000854; .*Lower lr"
+    ):
+        run(model=model, checkpoint=path)
+    assert len(torch.load(path)["history"]) == 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"model_ema_steps": 0}, "model_ema_steps is 0; expected at least 1"),
+        ({"lr": 0.0}, "lr is 0.0; expected a positive number"),
+        ({"lr": math.nan}, "lr is nan; expected a positive number"),
+        ({"scores_lr": -1.0}, "scores_lr is -1.0; expected a positive number"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm is 0.0; expected a positive number"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; expected 0 or more"),
+        ({"scores_weight_decay": -0.1}, "scores_weight_decay is -0.1; expected 0 or more"),
+        ({"mixup_alpha": -1.0}, "mixup_alpha is -1.0; expected 0 or more"),
+        ({"random_crop_padding": -1}, "random_crop_padding is -1; expected 0 or more"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1.0; expected a number in \[0, 1\)"),
+        ({"model_ema_decay": 1.0}, r"model_ema_decay is 1.0; expected a number in \[0, 1\)"),
+        ({"lr_warmup_decay": 0.0}, r"lr_warmup_decay is 0.0; expected a number in \(0, 1\]"),
+        ({"lr_warmup_epochs": 3}, r"lr_warmup_epochs is 3; expected 0 to epochs - 1 \(2\)"),
+        ({"lr_min": 0.1}, r"lr_min is 0.1; expected at most lr \(0.001\)"),
+        ({"auto_augment": "aa"}, "auto_augment is 'aa'; expected 'ra' or None"),
+        ({"ra_magnitude": 31}, "ra_magnitude is 31; expected 0 to 30"),
+        ({"amp_dtype": "fp8"}, "amp_dtype is 'fp8'; expected 'bf16' or 'fp16'"),
+    ],
+)
+def test_recipe_values_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=f"^recipe: {message}"):
+        replace(TINY, **changes)
+
+
+def test_recipes():
+    imagenet = train.recipe_for("imagenet")
+    assert (imagenet.epochs, imagenet.lr, imagenet.weight_decay, imagenet.label_smoothing) == (300, 0.003, 0.3, 0.11)
+    assert train.recipe_for("digits", seed=3) == replace(train.recipe_for("digits"), seed=3)
+    with pytest.raises(ValueError, match=r"unknown recipe 'cifar' \(did you mean 'cifar10'\?\)"):
+        train.recipe_for("cifar")
+
+
+def test_fewer_pictures_than_a_batch():
+    with pytest.raises(ValueError, match="tiny has 32 training pictures, fewer than one batch of 64; choose a smaller"):
+        run(replace(TINY, batch_size=64))
+
+
+def test_model_of_other_classes():
+    with pytest.raises(ValueError, match="the model has 5 classes, tiny has 2; make the model with num_classes=2"):
+        run(model=tiny_model(num_classes=5))
+
+
+def test_eval_every_must_be_positive():
+    with pytest.raises(ValueError, match="eval_every is 0; expected a number of epochs"):
+        run(eval_every=0)
+
+
+def test_nothing_to_evaluate_on():
+    empty = ImageTensors(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), *STATS)
+    with pytest.raises(ValueError, match="no pictures to evaluate on"):
+        train.evaluate(tiny_model(), empty)
