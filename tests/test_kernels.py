@@ -212,6 +212,8 @@ def test_compiles_with_inductor(fresh_compiler, backend):
 
 @every_backend
 def test_exports_with_a_dynamic_batch(backend):
+    if backend == "gather" and torch.__version__ < "2.12":
+        pytest.skip("torch.export of 2.11 guards on a stride that is symbolic here, and so refuses a dynamic batch")
     sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(sparse, (torch.randn(4, 12),), dynamic_shapes=({0: batch},))

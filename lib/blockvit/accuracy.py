@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from . import bench, data, models, results
 from .parallel import map_cells
 from .supermask import BLOG_TARGETS, sparsify, supermask_layers
-from .train import fit, recipe_for
+from .train import Recipe, fit, recipe_for
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,19 @@ def cells(
     return grid
 
 
+def _recipe(cell: AccuracyCell, changes: Mapping[str, Any] | None) -> tuple[Recipe, str]:
+    """The cell's recipe, and its description for the tables: the data set's name, and what was changed."""
+    changes = dict(changes or {})
+    described = " ".join([cell.dataset, *(f"{name}={value}" for name, value in sorted(changes.items()))])
+    return replace(recipe_for(cell.dataset, **changes), seed=cell.seed), described
+
+
+def _checkpoint(folder: str | os.PathLike[str], cell: AccuracyCell, recipe: Recipe) -> Path:
+    # Other targets or another recipe are another training: the digest keeps their checkpoints apart.
+    digest = hashlib.sha256(repr((cell, asdict(recipe))).encode()).hexdigest()[:8]
+    return Path(folder) / cell.dataset / f"{cell.name}-{digest}.pt"
+
+
 def train_cell(
     cell: AccuracyCell,
     *,
@@ -97,20 +111,20 @@ def train_cell(
     folder = Path(checkpoints)
     splits = data.load(cell.dataset, data_root, download=True, cache_dir=folder.parent / "datasets")
     model = cell.build()
-    how = replace(recipe_for(cell.dataset, **(recipe or {})), seed=cell.seed)
+    how, described = _recipe(cell, recipe)
     history = fit(
         model,
         splits,
         how,
         device=device,
-        checkpoint=folder / cell.dataset / f"{cell.name}.pt",
+        checkpoint=_checkpoint(folder, cell, how),
         progress=progress,
         num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, os.cpu_count() or 1),
     )
-    final = {"metric": "top1", "value": 100 * history.top1, "unit": "%", "repeats": 1, "epoch": how.epochs}
+    found = {"top1": (100 * history.top1, "%"), "train_seconds": (history.seconds, "s")}
     rows = [
-        {**cell.key(**final), "experiment": "accuracy"},
-        {**cell.key(metric="train_seconds", value=history.seconds, unit="s"), "experiment": "accuracy"},
+        {**cell.key(metric=metric, unit=unit), "value": value, "repeats": 1, "experiment": "accuracy"}
+        for metric, (value, unit) in found.items()
     ]
     for record in history.epochs:
         curve = {"train_loss": (record["train_loss"], "nat"), "top1": (record["test_top1"], "%")}
@@ -123,23 +137,21 @@ def train_cell(
             for metric, (value, unit) in curve.items()
             if value is not None
         ]
-    return model, rows
+    return model, [{**row, "recipe": described} for row in rows]
 
 
 def masks(
     cell: AccuracyCell, checkpoints: str | os.PathLike[str], **arguments: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The learnt block masks of a trained cell by layer, and those of random scores: boolean ``(rows, columns)``.
+    """A cell's block masks by layer, boolean ``(rows, columns)``: before training, that is random, and learnt.
 
     ``arguments`` go to ``train_cell``, which finds the cell trained or trains it.
     """
-    model, _ = train_cell(cell, checkpoints=checkpoints, **arguments)
-    learnt = {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
-    torch.manual_seed(cell.seed)
-    for layer in supermask_layers(model).values():
-        layer.reset_scores()
-    random = {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
-    return learnt, random
+
+    def block_masks(model: nn.Module) -> dict[str, np.ndarray]:
+        return {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
+
+    return block_masks(cell.build()), block_masks(train_cell(cell, checkpoints=checkpoints, **arguments)[0])
 
 
 def _train_and_report(cell: AccuracyCell, **arguments: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -174,21 +186,23 @@ def run(
         device: where to train.
         workers: processes on a CPU; None: one a core.
         remeasure: train again from the start.
-        budget_s: seconds after which no further cell is begun.
+        budget_s: seconds after which no further cell is begun; cells in progress on a CPU are stopped and go on from
+            their last epoch in the next run. At least one cell is trained.
     """
+    if not grid:
+        return bench.SweepReport()
     where = bench.environment(device)
     threads = 1 if torch.device(device).type == "cpu" else None
-    epochs = recipe_for(grid[0].dataset, **(recipe or {})).epochs
     done = results.Measured.none() if remeasure else store.measured("accuracy", where["device"])
 
     def is_done(cell: AccuracyCell) -> bool:
-        key = {**where, "threads": threads, "experiment": "accuracy", **cell.key(metric="top1", epoch=epochs)}
-        return key in done
+        key = cell.key(metric="top1", recipe=_recipe(cell, recipe)[1])
+        return {**where, "threads": threads, "experiment": "accuracy", **key} in done
 
     pending = [cell for cell in grid if not is_done(cell)]
     if remeasure:
         for cell in pending:
-            (Path(checkpoints) / cell.dataset / f"{cell.name}.pt").unlink(missing_ok=True)
+            _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
     report = bench.SweepReport(kept=len(grid) - len(pending))
     start = time.perf_counter()
     work = partial(

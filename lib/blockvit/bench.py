@@ -7,7 +7,9 @@ writes each group as soon as it is measured, and leaves out what this working co
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import math
 import random
 import statistics
 import time
@@ -127,7 +129,7 @@ def interleave(
     for name, call in variants.items():
         for _ in range(effort.warmup):
             estimate = clock.seconds(call, 1)
-        repeats[name] = max(1, round(effort.min_sample / max(estimate, 1e-9)))
+        repeats[name] = max(1, math.ceil(effort.min_sample / max(estimate, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(seed).shuffle
     start = time.perf_counter()
@@ -151,16 +153,20 @@ def precision_class(name: str, device: torch.device | str) -> Iterator[torch.dty
         raise ValueError(f"precision is {name!r}; expected one of {list(DTYPES)}")
     if name == "tf32" and torch.device(device).type != "cuda":
         raise ValueError(f"precision is 'tf32', which {device} does not have; leave it out of `precisions`")
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"  # the patch convolution; on by default, unlike for products
     try:
         yield DTYPES[name]
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def check_close(actual: torch.Tensor, expected: torch.Tensor, precision: str, what: str) -> None:
     """Raise ``ArithmeticError`` if a variant's output is not the dense one within its precision class's tolerance."""
+    if actual.shape != expected.shape:
+        raise ArithmeticError(f"{what} has shape {tuple(actual.shape)}; the dense result has {tuple(expected.shape)}")
     error = float((actual.float() - expected.float()).abs().max())
     scale = float(expected.float().abs().max())
     if not error <= TOLERANCE[precision] * scale:  # NaN must fail
@@ -197,9 +203,10 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str) -> float | 
         return float(torch.cuda.max_memory_allocated(device) - before)
     gc.collect()
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory would still be resident, and be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
         before = _resident("VmRSS")
-    except OSError:
+    except OSError:  # no glibc, or no such file: not Linux
         return None
     call()
     return float(max(0, _resident("VmHWM") - before))

@@ -64,7 +64,8 @@ class Evidence:
         linear, vit = (store.read(experiment, device=device) for experiment in ("linear", "vit"))
         like = [speedups(rows, baseline="eager") for rows in (linear, vit)]
         like = [rows[(rows["backend"] == "torch") & (rows["compile"] == "eager")] for rows in like]
-        accuracy, conversion = (newest(store.read(name, device=device)) for name in ("accuracy", "conversion"))
+        accuracy = newest(store.read("accuracy", device=device), ignore=("recipe",))
+        conversion = newest(store.read("conversion", device=device))
         return cls(
             device,
             linear_like=like[0],
@@ -130,18 +131,20 @@ _CELL = ["model", "tokens", "block_size", "sparsity"]
 
 
 def c2(e: Evidence) -> Verdict:
-    """fp32 linear layers: faster when block size >= 32 or sparsity >= 0.8."""
+    """fp32 linear layers: faster when block size >= 32 or sparsity >= 0.8, at the most tokens measured."""
 
     def claimed(rows: pd.DataFrame) -> pd.DataFrame:
         rows = _vit_b_16_cells(rows, "fp32")
-        return rows[(rows["block_size"] >= 32) | (rows["sparsity"] >= 0.8)]
+        return rows[((rows["block_size"] >= 32) & (rows["sparsity"] > 0)) | (rows["sparsity"] >= 0.8)]
 
     like, best = claimed(e.linear_like), _best(claimed(e.linear_best), _CELL)
     if like.empty:
         return NOT_MEASURED
+    tokens = like["tokens"].max()  # the post measured at batch 256; a small batch is not what it speaks of
+    like, best = (rows[rows["tokens"] == tokens] for rows in (like, best))
     return Verdict(
         HOLDS if (like["speedup"] > 1).all() else FAILS,
-        f"{_faster(like)}, {_x(like['speedup'].min())} to {_x(like['speedup'].max())}",
+        f"at {tokens:.0f} tokens {_faster(like)}, {_x(like['speedup'].min())} to {_x(like['speedup'].max())}",
         f"best here: {_faster(best)}, {_x(best['speedup'].min())} to {_x(best['speedup'].max())}",
     )
 
@@ -209,8 +212,10 @@ def c5(e: Evidence) -> Verdict:
 def c6(e: Evidence) -> Verdict:
     """At 90% faster from batch size 16 up; larger blocks win at large batches, smaller break even earlier."""
     like = _vit_b_16(e.vit_like, sparsity=0.9)
+    blocks = [set(like[like["batch_size"] == batch]["block_size"]) for batch in (16, 256)]
+    like = like[like["block_size"].isin(blocks[0] & blocks[1])]
     sizes = set(like["batch_size"])
-    if not {16.0, 256.0} <= sizes or like["block_size"].nunique() < 2:
+    if like["block_size"].nunique() < 2:
         return NOT_MEASURED
     large = like[like["batch_size"] >= 16]
     fast = (large["speedup"] > 1).all()
@@ -243,11 +248,14 @@ def c7(e: Evidence) -> Verdict:
 def _points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Mean points lost against the dense model of the same data set, by cell; ``lost`` and ``top1``."""
     sparse = accuracy[accuracy["backend"] == "supermask"]
-    cell = ["dataset", "model", "block_size", "sparsity"]
+    cell = ["dataset", "model", "scope", "block_size", "sparsity"]
     top1 = sparse.groupby(cell, as_index=False)["value"].mean().rename(columns={"value": "top1"})
     dense = accuracy[accuracy["backend"] == "dense"].groupby(["dataset", "model"], as_index=False)["value"].mean()
     merged = top1.merge(dense.rename(columns={"value": "dense_top1"}), on=["dataset", "model"])
     return merged.assign(lost=merged["dense_top1"] - merged["top1"])
+
+
+_SPEED_SCOPE = {"mlp+out_proj+head": "blog"}  # the layers masked in training, as the speed's rows call them
 
 
 def c8(e: Evidence) -> Verdict:
@@ -271,17 +279,22 @@ def c8(e: Evidence) -> Verdict:
 def c9(e: Evidence) -> Verdict:
     """1.46x with less than 2 points lost, accuracy and speed of the same model."""
     goal = _published(metric="headline_speedup", scope="mlp")["value"].iloc[0]
-    lost = _points_lost(e.accuracy)
-    on = ["model", "block_size", "sparsity"]
+    lost = _points_lost(e.accuracy).replace({"scope": _SPEED_SCOPE})
+    on = ["model", "scope", "block_size", "sparsity"]
 
-    def fastest(speeds: pd.DataFrame) -> pd.Series | None:
-        points = lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
+    def both(speeds: pd.DataFrame) -> pd.DataFrame:
+        return lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
+
+    def fastest(points: pd.DataFrame) -> pd.Series | None:
         points = points[points["lost"] < 2]
         return None if points.empty else points.loc[points["speedup"].idxmax()]
 
-    like, best = fastest(e.vit_like), fastest(e.vit_best)
-    if best is None:
+    like, best = both(e.vit_like), both(e.vit_best)
+    if best.empty:
         return NOT_MEASURED
+    if fastest(best) is None:
+        return Verdict(FAILS, f"no model lost less than 2 points; the fewest lost are {best['lost'].min():.1f}")
+    like, best = fastest(like), fastest(best)
     decides = best if like is None else like
 
     def text(point: pd.Series) -> str:
@@ -296,14 +309,16 @@ def c9(e: Evidence) -> Verdict:
 
 def c10(e: Evidence) -> Verdict:
     """Folding changes nothing; conversion is done once and cached."""
-    value = e.conversion.groupby("metric")["value"].median()
+    by_metric = e.conversion.groupby("metric")["value"]
+    value = by_metric.median()
+    largest = by_metric.max()  # one model that folding changes refutes the claim
     if not {"fold_difference", "load_difference", "convert_seconds", "load_seconds"} <= set(value.index):
         return NOT_MEASURED
-    same = value["fold_difference"] == 0 and value["load_difference"] == 0
+    same = largest["fold_difference"] == 0 and largest["load_difference"] == 0
     return Verdict(
         HOLDS if same else FAILS,
-        f"largest change of a logit by folding {value['fold_difference']:.3g}, by saving and loading "
-        f"{value['load_difference']:.3g}; converted in {value['convert_seconds']:.2f} s, "
+        f"largest change of a logit by folding {largest['fold_difference']:.3g}, by saving and loading "
+        f"{largest['load_difference']:.3g}; converted in {value['convert_seconds']:.2f} s, "
         f"loaded in {value['load_seconds']:.2f} s",
     )
 
@@ -365,6 +380,9 @@ def markdown(store: Store) -> str:
     """The claims as a Markdown table, a row a claim, a column a device."""
     decided = decide(store)
     columns = list(dict.fromkeys(decided["device"]))
+    if not columns:
+        lines = ["| | Claim of the post | |", "| --- | --- | --- |"]
+        return "\n".join([*lines, *(f"| {i} | {text} | {OPEN} |" for i, (text, _) in CLAIMS.items())]) + "\n"
     lines = ["| | Claim of the post | " + " | ".join(columns) + " |", "| --- | --- |" + " --- |" * len(columns)]
     for claim_id, (text, _) in CLAIMS.items():
         found = decided[decided["id"] == claim_id].set_index("device")

@@ -14,14 +14,18 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, ScalarFormatter
 
-_BLOCKS = (8, 16, 32, 64, 128)
+from .results import dense_throughput
+
+_BLOCKS = (8, 16, 32, 64, 128, 4, 256)
 _COLOURS = dict(zip(_BLOCKS, sns.color_palette("colorblind", len(_BLOCKS)), strict=True))
-_MARKERS = dict(zip(_BLOCKS, "vosD^", strict=True))
-_DASHES = dict(zip(_BLOCKS, ((1, 1), (5, 1.5), (), (3, 1, 1, 1), (7, 2, 2, 2)), strict=True))
+_MARKERS = dict(zip(_BLOCKS, "vosD^P*", strict=True))
+_DASHES = dict(zip(_BLOCKS, ((1, 1), (5, 1.5), (), (3, 1, 1, 1), (7, 2, 2, 2), (2, 2), (9, 2)), strict=True))
 _DENSE = "0.35"
 WIDTH = 7.2  # inches: a notebook's or README's column
 
@@ -81,12 +85,24 @@ def _line(axes: Axes, x: Iterable[float], y: Iterable[float], block_size: int, *
 
 
 def _reference_line(axes: Axes, y: float = 1.0, label: str | None = None) -> None:
-    axes.axhline(y, color=_DENSE, linewidth=1, zorder=1)
-    if label:
-        axes.annotate(
-            label, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-            ha="right", va="bottom", fontsize=7, color=_DENSE,
-        )  # fmt: skip
+    axes.axhline(y, color=_DENSE, linewidth=1, zorder=1, label=label)
+
+
+def _published_point(axes: Axes, sparsity: float, value: float, block_size: float) -> None:
+    marker = _MARKERS[int(block_size)]
+    axes.plot(
+        sparsity, value, marker=marker, markersize=7, markerfacecolor="none", color=_COLOURS[int(block_size)]
+    )  # fmt: skip
+
+
+def _legend(axes: Axes, published: str | None = None, *, blocks: bool = True, **style: object) -> None:
+    """The legend of block sizes, with a hollow marker for ``published`` points if there are any."""
+    handles, labels = axes.get_legend_handles_labels() if blocks else ([], [])
+    if published:
+        handles.append(Line2D([], [], marker="o", markersize=6, markerfacecolor="none", color=_DENSE, linestyle="none"))
+        labels.append(published)
+    if handles:
+        axes.legend(handles, labels, title="blocks" if blocks else None, fontsize=7, **style)
 
 
 def _percent(axes: Axes) -> None:
@@ -119,7 +135,7 @@ def break_even(sparsity: Sequence[float], speedup: Sequence[float]) -> float | N
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Test accuracy by epoch, a panel a block size, a line a sparsity, the dense model in each; mean over seeds."""
     rows = _require(curves[curves["metric"] == "top1"], "training curves")
-    blocks = _blocks(rows)
+    blocks = _blocks(_require(rows[rows["block_size"].notna()], "training curves of masked models"))
     figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
     sparsities = sorted(rows["sparsity"].dropna().unique())
     shades = dict(zip(sparsities, sns.color_palette("viridis_r", len(sparsities)), strict=True))
@@ -130,43 +146,48 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             line = rows[(rows["block_size"] == block) & (rows["sparsity"] == sparsity)].groupby("epoch")["value"].mean()
             axes.plot(line.index, line, color=shades[sparsity], linewidth=1.2, label=f"{sparsity:.0%} sparse")
         axes.set(title=f"blocks of {block}×{block}", xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low = rows.groupby("epoch")["value"].mean()
     panels[0, 0].set(ylabel="test accuracy (%)", ylim=(max(0, low.iloc[min(2, len(low) - 1)] - 25), 101))
     panels[0, -1].legend(loc="lower right", fontsize=7)
     return figure
 
 
-def block_masks(learnt: Mapping[str, np.ndarray], random: Mapping[str, np.ndarray]) -> Figure:
-    """Learnt block masks by layer above random ones of the same sparsity; dark: kept."""
-    figure, panels = plt.subplots(
-        2, len(learnt), figsize=(WIDTH, 0.8 + 2.6 * 2 / max(2, len(learnt) ** 0.5)), squeeze=False
-    )
+def block_masks(initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarray]) -> Figure:
+    """Block masks by layer before training, which are random, above the learnt ones, whose exchanges are coloured."""
+    figure, panels = plt.subplots(2, len(learnt), figsize=(WIDTH, 5.2), squeeze=False)
+    colours = ["white", "0.25", _COLOURS[64], _COLOURS[8]]
     for column, name in enumerate(learnt):
-        for row, (kind, masks) in enumerate((("learnt", learnt), ("random", random))):
-            axes = panels[row, column]
-            axes.imshow(masks[name], cmap="Greys", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        before, after = initial[name].astype(bool), learnt[name].astype(bool)
+        exchanged = np.select([before & after, after & ~before, before & ~after], [1, 2, 3], default=0)
+        for axes, image in zip(panels[:, column], (before.astype(int), exchanged), strict=True):
+            axes.imshow(
+                image, cmap=ListedColormap(colours), vmin=0, vmax=3, interpolation="nearest", aspect="auto"
+            )  # fmt: skip
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
-            for spine in axes.spines.values():
-                spine.set_visible(True)
-            if column == 0:
-                axes.set_ylabel(f"{kind}\noutput blocks")
-        height, width = masks[name].shape
-        panels[0, column].set_title(f"{name}\n{height}×{width} blocks", fontsize=7)
-        panels[1, column].set_xlabel("input blocks", fontsize=7)
+            axes.spines[:].set_visible(True)
+        panels[0, column].set_title(f"{name}, {after.shape[0]}×{after.shape[1]} blocks", fontsize=7)
+        panels[1, column].set_xlabel("input blocks", fontsize=8)
+    for axes, when in zip(panels[:, 0], ("before training", "learnt"), strict=True):
+        axes.set_ylabel(f"{when}\noutput blocks")
+    labels = ["kept", "kept, not at first", "dropped, kept at first"]
+    figure.legend(
+        [Patch(facecolor=colour) for colour in colours[1:]], labels, loc="outside lower center", ncols=len(labels)
+    )  # fmt: skip
     return figure
 
 
 def kept_blocks(kept: pd.DataFrame) -> Figure:
-    """How many blocks each block row kept: columns ``layer``, ``mask`` (learnt, random), ``kept`` a row."""
+    """How many blocks each block row kept: columns ``layer``, ``mask`` (before training, learnt), ``kept`` a row."""
     rows = _require(kept, "masks")
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     sns.boxplot(
         rows, x="layer", y="kept", hue="mask", ax=axes, fliersize=2, linewidth=0.8,
-        palette={"learnt": _COLOURS[16], "random": "0.8"},
+        palette=dict(zip(rows["mask"].unique(), ("0.8", _COLOURS[16]), strict=False)),
     )  # fmt: skip
-    axes.set(xlabel="", ylabel="blocks kept in a block row")
-    axes.tick_params(axis="x", rotation=90, labelsize=7)
+    axes.set(xlabel="", ylabel="blocks kept in a row of blocks")
+    axes.tick_params(axis="x", rotation=60, labelsize=7)
     axes.legend(title=None)
     return figure
 
@@ -251,8 +272,11 @@ def linear_break_even(speedups: pd.DataFrame, backends: Sequence[str], headline:
                 axes.set_title(shape)
         panels[row, 0].set_ylabel(f"{backend}\nspeedup over dense")
     figure.supxlabel("sparsity (ticks on the line at 1×: break-even)", fontsize=9)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title="blocks", loc="outside upper center", ncols=len(handles))
+    entries = {}  # of all panels: a sweep cut short may lack a block size in the first
+    for axes in panels.flat:
+        entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = [label for block in _blocks(rows) if (label := f"{block}×{block}") in entries]
+    figure.legend([entries[label] for label in labels], labels, title="blocks", loc="outside upper center", ncols=5)
     return figure
 
 
@@ -264,9 +288,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float) -> Figure:
         peak: the device's measured dense throughput, FLOP/s.
     """
     rows = _require(rows[rows["metric"] == "latency"], "linear layers")
-    out_in = rows["model"].str.split("x", expand=True).astype(float)
-    useful = 2 * out_in[0] * out_in[1] * rows["tokens"] * (1 - rows["sparsity"].fillna(0))
-    rows = rows.assign(share=useful / rows["value"] / peak)
+    rows = rows.assign(share=dense_throughput(rows) * (1 - rows["sparsity"].fillna(0)) / peak)
     backends = sorted(set(rows["backend"]) - {"dense"})
     dense = rows.loc[rows["backend"] == "dense", "share"].median()
     figure, panels = plt.subplots(1, len(backends), figsize=(WIDTH, 2.7), sharey=True, squeeze=False)
@@ -282,7 +304,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float) -> Figure:
         axes.set(title=backend, xlabel="sparsity")
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         _percent(axes)
-    panels[0, 0].set(ylabel="of the measured dense peak", ylim=(0, None))
+    panels[0, 0].set(ylabel="of the measured dense peak", ylim=(0, 1))
     panels[0, 0].legend(title="blocks")
     return figure
 
@@ -301,7 +323,8 @@ def model_speedup(
         shares: for each scope, the share of the model's arithmetic that it holds.
         published: published speedups with ``scope``, ``block_size``, ``sparsity`` and ``value``, drawn hollow.
     """
-    rows = _require(speedups[speedups["backend"] == backend], f"whole models through {backend!r}")
+    wanted = (speedups["backend"] == backend) & speedups["scope"].isin(shares)
+    rows = _require(speedups[wanted], f"whole models through {backend!r}")
     scopes = [s for s in shares if s in set(rows["scope"])]
     figure, panels = plt.subplots(1, len(scopes), figsize=(WIDTH, 3.0), squeeze=False)
     for axes, scope in zip(panels[0], scopes, strict=True):
@@ -314,24 +337,18 @@ def model_speedup(
             )
         s = np.linspace(cell["sparsity"].min(), cell["sparsity"].max(), 100)
         axes.plot(s, 1 / (1 - s * shares[scope]), color=_DENSE, linestyle="--", linewidth=1, label="Amdahl's bound")
-        if published is not None:
-            _published_points(axes, published[published["scope"] == scope])
+        points = (
+            [] if published is None else published[published["scope"] == scope].dropna(subset="sparsity").itertuples()
+        )
+        for point in points:
+            _published_point(axes, point.sparsity, point.value, point.block_size)
         _reference_line(axes)
         _percent(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(_times))
         axes.set(title=f"{scope} sparse", xlabel="sparsity", ylim=(0, None))
     panels[0, 0].set_ylabel(f"speedup over dense ({backend})")
-    panels[0, 0].legend(title="blocks", fontsize=7)
+    _legend(panels[0, 0], None if published is None else f"published ({', '.join(sorted(set(published['device'])))})")
     return figure
-
-
-def _published_points(axes: Axes, points: pd.DataFrame) -> None:
-    for i, point in enumerate(points.dropna(subset=["block_size", "sparsity"]).itertuples()):
-        block = int(point.block_size)
-        axes.plot(
-            point.sparsity, point.value, marker=_MARKERS[block], markersize=7, markerfacecolor="none", linestyle="none",
-            color=_COLOURS[block], label=f"published ({point.device})" if i == 0 else None,
-        )  # fmt: skip
 
 
 def batch_sizes(speedups: pd.DataFrame, backends: Sequence[str]) -> Figure:
@@ -398,18 +415,15 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
             axes.errorbar(values.index, values["mean"], spread, fmt="none", color=_COLOURS[block], capsize=2, lw=1)
     _reference_line(left, dense, f"dense {dense:.1f}%")
     _reference_line(right, 0)
-    for i, point in enumerate(published_loss.itertuples()):
-        block = int(point.block_size)
-        right.plot(
-            point.sparsity, point.lost, marker=_MARKERS[block], markersize=7, markerfacecolor="none", linestyle="none",
-            color=_COLOURS[block], label="published,\nImageNet" if i == 0 else None,
-        )  # fmt: skip
+    for point in published_loss.itertuples():
+        _published_point(right, point.sparsity, point.lost, point.block_size)
     left.set(xlabel="sparsity", ylabel="test accuracy (%)")
     right.set(xlabel="sparsity", ylabel="points lost against dense")
     right.invert_yaxis()
     for axes in (left, right):
         _percent(axes)
-    right.legend(title="blocks", fontsize=7)
+    _legend(left, loc="lower left")
+    _legend(right, "published, ImageNet" if len(published_loss) else None, blocks=False, loc="lower left")
     return figure
 
 

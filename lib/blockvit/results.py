@@ -18,7 +18,7 @@ import re
 import subprocess
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -47,6 +47,7 @@ KEYS = [
     "compile",  # eager, or how it was compiled
     "seed",
     "epoch",
+    "recipe",  # of a training: the data set's, and what was changed in it
     "metric",
 ]
 COLUMNS = [*KEYS, "value", "low", "high", "unit", "repeats", "run", "group", "git_sha", "date"]
@@ -287,9 +288,18 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
     return newest(pairs)
 
 
-def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of rows that measure the same thing (any version, any run), the last one; order kept otherwise."""
-    same = [column for column in KEYS if column not in ("torch", "triton")]
+def dense_throughput(rows: pd.DataFrame) -> pd.Series:
+    """FLOP/s of each linear layer as if it were dense: ``2 * out * in * tokens`` over its latency."""
+    out_in = rows["model"].str.split("x", expand=True).astype(float)
+    return 2 * out_in[0] * out_in[1] * rows["tokens"] / rows["value"]
+
+
+def newest(rows: pd.DataFrame, ignore: Sequence[str] = ()) -> pd.DataFrame:
+    """Of rows that measure the same thing (any version, any run), the last one; order kept otherwise.
+
+    Rows that differ only in the key columns of ``ignore`` count as the same, too.
+    """
+    same = [column for column in KEYS if column not in ("torch", "triton", *ignore)]
     return rows.sort_values("date", kind="stable").drop_duplicates(same, keep="last").reset_index(drop=True)
 
 

@@ -46,9 +46,11 @@ SCOPES: dict[str, tuple[str, ...]] = {
 
 
 def runnable(backends: Iterable[str], device: torch.device, precision: str, block_size: int) -> list[str]:
-    """Those of ``backends`` that can run here; unknown names raise."""
+    """Those of ``backends`` that can run here; unknown names raise, and so does the baseline's."""
     able = []
     for name in backends:
+        if name == "dense":
+            raise ValueError("backend 'dense' is the baseline that every case measures; leave it out of `backends`")
         try:
             able.append(resolve(name, device, DTYPES[precision], block_size).name)
         except BackendUnavailableError:
@@ -137,7 +139,10 @@ def linear_cases(
 @cache
 def _dense_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return expose_projections(models.create(name)).eval().to(device, dtype)
+    model = models.create(name)
+    # torchvision's head starts at zero: every logit would be 0, whatever a backend computes, and no check could fail.
+    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
+    return expose_projections(model).eval().to(device, dtype)
 
 
 @cache
@@ -186,8 +191,9 @@ class ModelCase:
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
         able = runnable(self.backends, device, self.precision, self.block_size)
-        keys = [self._sparse_key(backend) for backend in able]
-        return keys + [{**key, "metric": "model_bytes"} for key in keys if self.memory]
+        sparse = [self._sparse_key(backend) for backend in able]
+        dense = [self._key(backend="dense", compile=mode) for mode in self.dense_compile]
+        return sparse + dense + [{**key, "metric": "model_bytes"} for key in sparse if self.memory]
 
     def sparse_model(self, device: torch.device) -> nn.Module:
         """The dense model with random blocks of its scope set to zero: dense still, to be converted."""

@@ -69,7 +69,8 @@ class Gather(Backend):
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
         at_once = TOKENS_AT_ONCE if x.device.type == "cpu" else TOKENS_AT_ONCE_ON_GPU
-        if x.shape[0] > at_once:
+        # A traced graph may be asked to take any number of tokens, which a branch on their number would forbid.
+        if not torch.compiler.is_compiling() and x.shape[0] > at_once:
             return torch.cat([Gather.linear(part, packed, bias, activation) for part in x.split(at_once)])
         tokens, b = x.shape[0], packed["zeros"].shape[0]
         x_blocks = x.t().reshape(-1, b, tokens)
@@ -82,5 +83,5 @@ class Gather(Backend):
         # part of the autograd graph where all rows are empty.
         nothing = (packed["zeros"] @ x.t()[:0]).unsqueeze(0)
         y = torch.cat([*parts, nothing]).index_select(0, packed["order"])
-        y = y.view(-1, tokens).t()
-        return ACTIVATIONS[activation](y if bias is None else y + bias)
+        y = y.view(-1, tokens)
+        return ACTIVATIONS[activation](y if bias is None else y + bias.unsqueeze(1)).t()

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockvit import accuracy, bench
+from blockvit.accuracy import AccuracyCell, cells
+from blockvit.results import Store
+from blockvit.supermask import num_kept, supermask_layers
+
+RECIPE = {"epochs": 2}
+GRID = [AccuracyCell("digits", "vit_digits"), AccuracyCell("digits", "vit_digits", 32, 0.5)]
+
+
+def test_dense_comes_first_then_seed_by_seed():
+    grid = cells("digits", "vit_digits", [8, 16], [0.5, 0.9], [0, 1])
+    assert [cell.seed for cell in grid] == [0, 1, *[0] * 4, *[1] * 4]
+    assert [cell.block_size for cell in grid[:2]] == [None, None]
+    expected = [(8, 0.5), (16, 0.5), (8, 0.9), (16, 0.9)]
+    assert [(cell.block_size, cell.sparsity) for cell in grid[2:]] == expected * 2
+    assert len(set(grid)) == len({cell.name for cell in grid}) == 10
+
+
+def test_iterators_give_the_same_grid():
+    assert cells("d", "m", iter([8, 16]), iter([0.5, 0.9]), [0, 1]) == cells("d", "m", [8, 16], [0.5, 0.9], [0, 1])
+
+
+def test_names():
+    assert AccuracyCell("digits", "vit_digits", seed=2).name == "vit_digits-dense-seed2"
+    assert AccuracyCell("digits", "vit_digits", 32, 0.9).name == "vit_digits-bs32-sp0.90-seed0"
+
+
+def test_keys():
+    dense, sparse = GRID[0].key(metric="top1"), GRID[1].key(metric="top1")
+    assert (dense["scope"], dense["backend"], dense["block_size"], dense["sparsity"]) == ("dense", "dense", None, None)
+    assert (sparse["scope"], sparse["backend"]) == ("mlp+out_proj+head", "supermask")
+    assert (sparse["block_size"], sparse["sparsity"], sparse["metric"]) == (32, 0.5, "top1")
+
+
+@pytest.mark.parametrize("half", [{"block_size": 32}, {"sparsity": 0.9}], ids=str)
+def test_a_half_given_cell_is_refused(half):
+    with pytest.raises(ValueError, match="give both block_size and sparsity, or neither for the dense model"):
+        AccuracyCell("digits", "vit_digits", **half)
+
+
+def test_build_is_seeded_and_masks_its_targets():
+    cell = AccuracyCell("digits", "vit_digits", 32, 0.9, seed=1, targets=("mlp",))
+    first, again = cell.build().state_dict(), cell.build().state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    layers = supermask_layers(cell.build())
+    assert len(layers) == 8 and all("mlp" in name for name in layers)
+    assert all(int(m.block_mask().sum()) == num_kept(m.scores.numel(), 0.9) for m in layers.values())
+    other = AccuracyCell("digits", "vit_digits", 32, 0.9, seed=2, targets=("mlp",)).build().state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert not supermask_layers(GRID[0].build())
+
+
+class Trained:
+    """A grid trained once; tests that train more use folders of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder / "results")
+        self.checkpoints = folder / "cache" / "checkpoints"
+        self.report = self.run()
+
+    def run(self, grid=GRID, **more):
+        how = {"checkpoints": self.checkpoints, "recipe": RECIPE, "workers": 2, **more}
+        return accuracy.run(grid, self.store, **how)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("accuracy"))
+
+
+def test_run_writes_accuracies_and_curves(trained):
+    assert (trained.report.measured, trained.report.kept, trained.report.left) == (2, 0, 0)
+    rows = trained.store.read("accuracy")
+    top1 = rows[rows["metric"] == "top1"]
+    assert sorted(top1["backend"]) == ["dense", "supermask"]
+    assert (
+        set(top1["recipe"]) == {"digits epochs=2"} and set(top1["unit"]) == {"%"} and set(top1["dataset"]) == {"digits"}
+    )
+    assert top1["value"].between(10, 100).all(), "percent, and better than chance"
+    assert set(rows["threads"]) == {1.0}, "a cell trains on one core"
+    seconds = rows[rows["metric"] == "train_seconds"]
+    assert len(seconds) == 2 and (seconds["value"] > 0).all()
+    curves = trained.store.read("training")
+    assert len(curves) == 2 * 2 * 2
+    for backend, curve in curves[curves["metric"] == "top1"].groupby("backend"):
+        assert curve["epoch"].tolist() == [1, 2]
+        last = curve["value"].iloc[-1]
+        assert last == pytest.approx(top1[top1["backend"] == backend]["value"].iloc[0]), "the end of the curve"
+    assert (curves[curves["metric"] == "train_loss"]["value"] > 0).all()
+    assert rows.groupby("backend")["group"].nunique().eq(1).all()
+
+
+def test_a_second_run_trains_nothing(trained, monkeypatch):
+    monkeypatch.setattr(accuracy, "map_cells", lambda fn, cells, workers: iter([]) if not cells else pytest.fail())
+    before = len(trained.store.read("accuracy"))
+    report = trained.run()
+    assert (report.measured, report.kept, report.left) == (0, 2, 0)
+    assert len(trained.store.read("accuracy")) == before
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [{"recipe": {"epochs": 3}}, {"grid": [AccuracyCell("digits", "vit_digits", seed=9)]}],
+    ids=["epochs", "seed"],
+)
+def test_other_cells_and_epochs_are_not_taken_for_trained(trained, monkeypatch, missing):
+    asked = []
+    monkeypatch.setattr(accuracy, "map_cells", lambda fn, cells, workers: asked.extend(cells) or iter([]))
+    report = trained.run(**missing)
+    assert len(asked) == len(missing.get("grid", GRID)) == report.left
+    assert report.kept == 0
+
+
+def test_rows_of_another_working_copy_are_not_ours(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "map_cells", lambda fn, cells, workers: iter([]))
+    run = trained.store.root / ".run"
+    ours = run.read_text()
+    try:
+        run.write_text("cloned00")
+        assert trained.run().left == 2
+    finally:
+        run.write_text(ours)
+
+
+def in_this_process(fn, cells, workers):
+    """As a worker would, on one thread."""
+    for cell in cells:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            result = fn(cell)
+        finally:
+            torch.set_num_threads(threads)
+        yield cell, result
+
+
+def test_remeasure_trains_again_from_the_start(trained, monkeypatch):
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    epochs = []
+    fit = accuracy.fit
+
+    def spy(*arguments, checkpoint, **more):
+        epochs.append(checkpoint.exists())
+        return fit(*arguments, checkpoint=checkpoint, **more)
+
+    monkeypatch.setattr(accuracy, "fit", spy)
+    store = Store(trained.store.root.parent / "again")
+    report = accuracy.run(GRID[1:], store, checkpoints=trained.checkpoints, recipe=RECIPE, remeasure=True)
+    assert (report.measured, report.kept) == (1, 0)
+    assert epochs == [False], "the old checkpoint is gone before training"
+    again = store.read("accuracy").query("metric == 'top1'")["value"].iloc[0]
+    rows = trained.store.read("accuracy")
+    first = rows[(rows["metric"] == "top1") & (rows["backend"] == "supermask")]["value"].iloc[0]
+    assert again == pytest.approx(first, abs=0.6), "the same seed gives the same accuracy"
+
+
+def test_lost_rows_come_back_from_the_checkpoint(trained, monkeypatch, tmp_path):
+    """Killed between the last epoch and the row: nothing is trained twice."""
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    store = Store(tmp_path)
+    report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE)
+    assert report.measured == 2
+    assert report.seconds < 10
+    columns = ["backend", "metric", "epoch", "value"]
+    new, old = (s.read("training").sort_values(columns)[columns].values.tolist() for s in (store, trained.store))
+    assert new == old
+
+
+def test_a_spent_budget_leaves_the_rest(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    store = Store(tmp_path)
+    report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE, budget_s=0)
+    assert report.measured + report.left == 2 and report.left >= 1
+    assert store.read("accuracy").query("metric == 'top1'").shape[0] == report.measured
+    report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE)
+    assert report.left == 0 and store.read("accuracy").query("metric == 'top1'").shape[0] == 2
+
+
+def test_masks(trained):
+    random, learnt = accuracy.masks(GRID[1], trained.checkpoints, recipe=RECIPE)
+    assert list(learnt) == list(random) == list(supermask_layers(GRID[1].build()))
+    for name in learnt:
+        assert learnt[name].dtype == bool and learnt[name].ndim == 2
+        assert learnt[name].shape == random[name].shape
+        assert learnt[name].sum() == random[name].sum() == num_kept(learnt[name].size, 0.5)
+    assert any((learnt[name] != random[name]).any() for name in learnt)
+
+
+def test_an_empty_grid_trains_nothing(tmp_path):
+    report = accuracy.run([], Store(tmp_path), checkpoints=tmp_path / "checkpoints")
+    assert (report.measured, report.kept, report.left) == (0, 0, 0)
+
+
+def test_rows_carry_the_environment(trained):
+    here = bench.environment("cpu")
+    assert set(trained.store.read("accuracy")["device"]) == {here["device"]}
+    assert set(trained.store.read("training")["torch"]) == {here["torch"]}

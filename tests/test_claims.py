@@ -1,0 +1,530 @@
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import pytest
+
+from blockvit import claims, results
+from blockvit.claims import CLAIMS, FAILS, HOLDS, OPEN, Evidence
+from blockvit.results import Store
+
+CPU = {"device": "Example CPU (4 cores)", "threads": 4}
+GPU = {"device": "NVIDIA H100 80GB HBM3", "threads": None}
+SHAPES = claims.VIT_B_16_LINEARS
+BLOCKS, SPARSITIES = (16, 32, 64), (0.5, 0.8, 0.9)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results")
+
+
+def group(
+    experiment: str,
+    *,
+    block_size: int,
+    sparsity: float,
+    scope: str = "linear",
+    dense: dict[str, float] | None = None,
+    where: dict = CPU,
+    precision: str = "fp32",
+    width: float = 0.01,
+    backend_compile: str = "eager",
+    model: str = "768x768",
+    batch_size: int | None = None,
+    tokens: int | None = None,
+    **speedups: float,
+) -> list[dict]:
+    """Rows of one group: dense variants at their times, and each backend at its speedup over *eager* dense."""
+    dense = dense or {"eager": 1.0}
+    common = {
+        **where,
+        "experiment": experiment,
+        "model": model,
+        "precision": precision,
+        "batch_size": batch_size,
+        "tokens": tokens,
+        "metric": "latency",
+        "unit": "s",
+        "repeats": 5,
+        "group": results.new_group(),
+    }
+
+    def timed(value: float, **more) -> dict:
+        return {**common, **more, "value": value, "low": value * (1 - width), "high": value * (1 + width)}
+
+    dense_scope = "linear" if experiment == "linear" else "dense"
+    rows = [timed(value, backend="dense", compile=how, scope=dense_scope) for how, value in dense.items()]
+    sparse = {"block_size": block_size, "sparsity": sparsity, "scope": scope, "compile": backend_compile}
+    return rows + [timed(dense["eager"] / speedup, backend=name, **sparse) for name, speedup in speedups.items()]
+
+
+def linears(speedup, precision: str = "fp32", tokens: int = 50432, blocks=BLOCKS, **more) -> list[dict]:
+    """Every linear layer of ViT-B/16; ``speedup(block, sparsity)`` is that of PyTorch's kernels."""
+    grid = itertools.product(SHAPES, blocks, SPARSITIES)
+    return [
+        row
+        for shape, b, s in grid
+        for row in group(
+            "linear",
+            model=shape,
+            tokens=tokens,
+            block_size=b,
+            sparsity=s,
+            precision=precision,
+            torch=speedup(b, s),
+            **more,
+        )
+    ]
+
+
+def vit(block_size: int, sparsity: float, batch_size: int, **more) -> list[dict]:
+    return group(
+        "vit",
+        **{
+            "model": "vit_b_16",
+            "scope": "mlp",
+            "block_size": block_size,
+            "sparsity": sparsity,
+            "batch_size": batch_size,
+            **more,
+        },
+    )
+
+
+def trainings(losses: dict[tuple[int, float], float], seeds=(0, 1), dense: float = 97.0, **more) -> list[dict]:
+    """Final accuracies: ``dense`` and that much less in each ``(block size, sparsity)``."""
+    common = {
+        **CPU,
+        "threads": 1,
+        "experiment": "accuracy",
+        "dataset": "digits",
+        "model": "vit_digits",
+        "epoch": 12,
+        "metric": "top1",
+        "unit": "%",
+        "scope": "mlp+out_proj+head",
+        **more,
+    }
+    rows = []
+    for seed in seeds:
+        shift = seed - sum(seeds) / len(seeds)  # seeds differ; their mean is what counts
+        rows.append({**common, "seed": seed, "backend": "dense", "scope": "dense", "value": dense + shift})
+        rows += [
+            {
+                **common,
+                "seed": seed,
+                "backend": "supermask",
+                "block_size": b,
+                "sparsity": s,
+                "value": dense - lost + shift,
+            }
+            for (b, s), lost in losses.items()
+        ]
+    return rows
+
+
+def converted(**values: float) -> list[dict]:
+    found = {
+        "fold_difference": 0,
+        "load_difference": 0,
+        "convert_seconds": 1.5,
+        "load_seconds": 0.25,
+        **values,
+    }
+    return [
+        {**CPU, "experiment": "conversion", "model": "vit_b_16", "metric": metric, "value": value}
+        for metric, value in found.items()
+    ]
+
+
+def verdict(claim: str, store: Store, rows: list[dict], device: str | None = None) -> claims.Verdict:
+    store.append(rows)
+    device = device or rows[0]["device"]
+    return CLAIMS[claim][1](Evidence.of(store, device))
+
+
+# --- the frame -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_measured_is_not_decided(store):
+    for claim in CLAIMS:
+        assert CLAIMS[claim][1](Evidence.of(store, CPU["device"])) == claims.NOT_MEASURED, claim
+    assert claims.devices(store) == []
+    assert claims.decide(store).empty
+
+
+def test_all_eleven_claims_are_there():
+    assert list(CLAIMS) == [f"C{i}" for i in range(1, 12)]
+
+
+def test_goals_are_the_published_numbers():
+    blog = claims._published()
+    assert (blog["source"] == "blog").all()
+    speedups = claims._published(metric="speedup", scope="mlp", model="vit_b_16").set_index("block_size")["value"]
+    assert speedups.to_dict() == {16: 1.24, 32: 1.37, 64: 1.65}
+    edges = claims._published(metric="break_even_sparsity").set_index("block_size")["value"]
+    assert edges.to_dict() == {16: 0.86, 32: 0.82, 64: 0.70}
+    for number in ("4.8×", "1.46×", "1.24×, 1.37×, 1.65×", "0.86, 0.82, 0.70"):
+        assert any(number in text for text, _ in CLAIMS.values())
+
+
+@pytest.mark.parametrize(("published", "expected"), [(1.46, FAILS), (1.1, HOLDS)])
+def test_another_published_number_decides_otherwise(store, monkeypatch, published, expected):
+    table = results.published()
+    table.loc[(table["metric"] == "headline_speedup") & (table["scope"] == "linear"), "value"] = published
+    monkeypatch.setattr(claims, "published", lambda: table)
+    rows = group("linear", model="4096x4096", tokens=4096, block_size=64, sparsity=0.9, torch=1.2)
+    assert verdict("C1", store, rows).verdict == expected
+
+
+def test_like_for_like_is_pytorchs_kernels_over_eager_dense_of_the_same_group_and_precision(store):
+    rows = group("linear", block_size=32, sparsity=0.9, dense={"eager": 2.0, "compiled": 1.0}, torch=4.0, gather=8.0)
+    rows += group("linear", block_size=32, sparsity=0.9, dense={"eager": 8.0}, precision="bf16", torch=0.5)
+    rows += group("linear", block_size=64, sparsity=0.9, dense={"compiled": 1.0, "eager": 3.0}, gather=2.0)
+    store.append(rows)
+    evidence = Evidence.of(store, CPU["device"])
+    like = evidence.linear_like
+    assert set(like["backend"]) == {"torch"}
+    assert dict(zip(like["precision"], like["speedup"], strict=True)) == pytest.approx({"fp32": 4.0, "bf16": 0.5})
+    best = evidence.linear_best.set_index(["backend", "block_size", "precision"])["speedup"].to_dict()
+    assert best == pytest.approx(
+        {
+            ("torch", 32, "fp32"): 2.0,
+            ("gather", 32, "fp32"): 4.0,
+            ("torch", 32, "bf16"): 0.5,
+            ("gather", 64, "fp32"): 2 / 3,
+        }
+    )
+
+
+def test_compiled_sparse_models_are_no_like_for_like_evidence(store):
+    store.append(vit(32, 0.9, 256, torch=9.0, backend_compile="max-autotune"))
+    assert Evidence.of(store, CPU["device"]).vit_like.empty
+    assert len(Evidence.of(store, CPU["device"]).vit_best) == 1
+
+
+def test_every_device_has_a_column_and_every_claim_a_row(store):
+    store.append(linears(lambda b, s: 2.0))
+    store.append(linears(lambda b, s: 0.5, where=GPU))
+    store.append([{**row, "device": "Another CPU (8 cores)"} for row in trainings({(8, 0.5): 0.0})])
+    names = ["NVIDIA H100 80GB HBM3", "Another CPU (8 cores)", "Example CPU (4 cores)"]
+    assert claims.devices(store) == names
+    decided = claims.decide(store)
+    assert len(decided) == 11 * 3
+    c2 = decided[decided["id"] == "C2"].set_index("device")["verdict"]
+    assert c2.to_dict() == {names[0]: FAILS, names[1]: OPEN, names[2]: HOLDS}
+    lines = claims.markdown(store).splitlines()
+    assert [line.count("|") for line in lines] == [6] * (2 + 11)
+    assert [cell.strip() for cell in lines[0].split("|")[3:6]] == names
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(CLAIMS)
+    cells = [cell.strip() for cell in lines[3].split("|")[3:6]]
+    assert [cell.split(";")[0] for cell in cells] == ["**does not hold**", OPEN, "**holds**"]
+
+
+def test_an_empty_store_gives_a_table_all_the_same(store):
+    lines = claims.markdown(store).splitlines()
+    assert len(lines) == 2 + 11
+    assert {line.count("|") for line in lines} == {4}, "rows and header must have as many cells"
+    assert all(OPEN in line for line in lines[2:])
+
+
+def test_no_warnings_about_tables_that_are_missing(store):
+    store.append(trainings({(8, 0.5): 0.0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        claims.markdown(store)
+
+
+def test_the_newest_measurement_decides(store):
+    assert verdict("C7", store, vit(32, 0.9, 1, gather=0.5)).verdict == FAILS
+    assert verdict("C7", store, vit(32, 0.9, 1, gather=2.0)).verdict == HOLDS
+    assert verdict("C7", store, vit(32, 0.9, 1, gather=0.4)).verdict == FAILS
+
+
+# --- C1 to C3: linear layers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(4.8, HOLDS), (4.57, HOLDS), (4.5, FAILS)])
+def test_c1(store, speedup, expected):
+    rows = group("linear", model="8192x8192", tokens=8192, block_size=64, sparsity=0.95, torch=speedup, gather=9.5)
+    rows += group("linear", model="4096x4096", tokens=4096, block_size=64, sparsity=0.9, torch=1.0)
+    found = verdict("C1", store, rows)
+    assert found.verdict == expected
+    assert found.number == f"up to {speedup:.2f}×"
+    assert found.ours == "best here: 9.50×"
+
+
+def test_c1_needs_large_fp32_matmuls_by_pytorchs_kernels(store):
+    rows = group("linear", model="4096x768", block_size=64, sparsity=0.9, torch=9.0)
+    rows += group("linear", model="4096x4096", block_size=64, sparsity=0.9, torch=9.0, precision="bf16")
+    rows += group("linear", model="4096x4096", block_size=64, sparsity=0.9, gather=9.0)
+    assert verdict("C1", store, rows) == claims.NOT_MEASURED
+
+
+def test_c2_holds_where_the_claim_says_so_and_says_nothing_elsewhere(store):
+    rows = linears(lambda b, s: 1.5 if b >= 32 or s >= 0.8 else 0.5)
+    found = verdict("C2", store, rows)
+    assert found.verdict == HOLDS
+    cells = len(SHAPES) * (3 + 3 + 2)  # of 3 x 3 cells only block 16 at 50% is not claimed
+    assert found.number == f"at 50432 tokens {cells} of {cells} cells faster, 1.50× to 1.50×"
+
+
+@pytest.mark.parametrize("slow", [(32, 0.5), (16, 0.8)])
+def test_c2_fails_by_a_single_cell(store, slow):
+    found = verdict("C2", store, linears(lambda b, s: 0.9 if (b, s) == slow else 1.5))
+    assert found.verdict == FAILS
+    assert found.number.startswith("at 50432 tokens 35 of 40 cells faster, 0.90× to 1.50×")
+
+
+def test_c2_takes_the_best_backend_of_each_cell_for_ours(store):
+    found = verdict("C2", store, linears(lambda b, s: 0.5, gather=1.5, dense={"eager": 1.0, "compiled": 0.75}))
+    assert found.verdict == FAILS
+    assert found.ours == "best here: 40 of 40 cells faster, 1.12× to 1.12×"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "expected"),
+    [
+        (lambda b, s: 1.2 if b >= 64 else 0.8, HOLDS),
+        (lambda b, s: 0.5, HOLDS),  # smaller speedups: none at all
+        (lambda b, s: 1.2, FAILS),  # smaller, but for small blocks just as well
+        (lambda b, s: 3.0 if b >= 64 else 0.8, HOLDS),  # smaller in most cells
+        (lambda b, s: 3.0, FAILS),
+    ],
+)
+def test_c3(store, bf16, expected):
+    rows = linears(lambda b, s: 2.0) + linears(bf16, precision="bf16")
+    assert verdict("C3", store, rows).verdict == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_c3_needs_both_precisions(store, precision):
+    assert verdict("C3", store, linears(lambda b, s: 2.0, precision=precision)) == claims.NOT_MEASURED
+
+
+# --- C4 to C7: end to end --------------------------------------------------------------------------------------------
+
+PUBLISHED = {16: 1.24, 32: 1.37, 64: 1.65}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, HOLDS), ({64: 1.58}, HOLDS), ({64: 1.5}, FAILS), ({16: 1.0}, FAILS)]
+)
+def test_c4(store, changes, expected):
+    speeds = {**PUBLISHED, **changes}
+    rows = [row for b, x in speeds.items() for row in vit(b, 0.9, 256, torch=x, gather=0.5, where=GPU)]
+    found = verdict("C4", store, rows)
+    assert found.verdict == expected
+    assert found.number == ", ".join(f"{x:.2f}× ({b})" for b, x in speeds.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch_size": 128}, {"sparsity": 0.8}, {"scope": "mlp+attention"}, {"precision": "bf16"}, {"model": "vit_h_14"}],
+    ids=str,
+)
+def test_c4_needs_the_posts_own_setting(store, changes):
+    rows = [row for b in PUBLISHED for row in vit(b, **{"sparsity": 0.9, "batch_size": 256, **changes, "torch": 2.0})]
+    assert verdict("C4", store, rows) == claims.NOT_MEASURED
+
+
+def test_c4_needs_all_three_block_sizes_by_pytorchs_kernels(store):
+    rows = vit(16, 0.9, 256, torch=2) + vit(32, 0.9, 256, torch=2) + vit(64, 0.9, 256, gather=2)
+    assert verdict("C4", store, rows) == claims.NOT_MEASURED
+
+
+def sweep_of(edges: dict[int, float], sparsities=(0.6, 0.7, 0.8, 0.9), **more) -> list[dict]:
+    """Speedups that cross 1 at the given sparsities, on straight lines."""
+    return [
+        row for b, edge in edges.items() for s in sparsities for row in vit(b, s, 256, torch=1 + (s - edge), **more)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edges", "expected"),
+    [
+        ({16: 0.86, 32: 0.82, 64: 0.70}, HOLDS),
+        ({16: 0.5, 32: 0.5, 64: 0.5}, HOLDS),
+        ({16: 0.86, 32: 0.82, 64: 0.75}, FAILS),
+        ({16: 0.95, 32: 0.82, 64: 0.70}, FAILS),
+    ],
+)
+def test_c5(store, edges, expected):
+    found = verdict("C5", store, sweep_of(edges))
+    assert found.verdict == expected
+    for block, edge in edges.items():
+        text = "never" if edge > 0.9 else f"{max(edge, 0.6):.2f}"
+        assert f"{text} ({block})" in found.number
+
+
+def test_c5_needs_three_sparsities_of_every_block_size(store):
+    rows = sweep_of({16: 0.86, 32: 0.82}) + sweep_of({64: 0.7}, sparsities=(0.8, 0.9))
+    assert verdict("C5", store, rows) == claims.NOT_MEASURED
+
+
+def batches(speedup, sizes=(1, 16, 64, 256)) -> list[dict]:
+    return [row for batch in sizes for b in BLOCKS for row in vit(b, 0.9, batch, torch=speedup(b, batch), where=GPU)]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "expected"),
+    [
+        (lambda b, n: 1.1 + b / 100 if n >= 16 else 0.8, HOLDS),
+        (lambda b, n: 1.1 + b / 100 if n >= 16 else 1.2 if b == 16 else 0.8, HOLDS),
+        (lambda b, n: 1.1 + b / 100 if n >= 64 else 0.9, FAILS),  # not from 16 up
+        (lambda b, n: 1.9 - b / 100 if n >= 16 else 0.8, FAILS),  # smaller blocks win at 256
+        (lambda b, n: 1.1 + b / 100 if n >= 16 else 1.2 if b == 64 else 0.8, FAILS),  # larger break even earlier
+    ],
+)
+def test_c6(store, speedup, expected):
+    assert verdict("C6", store, batches(speedup)).verdict == expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 16), (1, 256), (32, 256)])
+def test_c6_needs_batches_of_16_and_256(store, sizes):
+    assert verdict("C6", store, batches(lambda b, n: 1.1 + b / 100, sizes)) == claims.NOT_MEASURED
+
+
+def test_c6_says_from_which_batch_size_on(store):
+    rows = batches(lambda b, n: 1.1 + b / 100 if n >= (1 if b == 16 else 16) else 0.8)
+    found = verdict("C6", store, rows)
+    assert found.number == "9 of 9 cells faster from batch 16 up; first faster at batch 1 (16), 16 (32), 16 (64)"
+    assert found.ours == "best here: from batch 1"
+
+
+@pytest.mark.parametrize(
+    ("speedup", "width", "expected"), [(1.5, 0.01, HOLDS), (0.9, 0.01, FAILS), (1.05, 0.05, FAILS)]
+)
+def test_c7_on_a_cpu(store, speedup, width, expected):
+    rows = vit(16, 0.9, 1, gather=speedup, torch=0.1, width=width) + vit(32, 0.9, 1, gather=speedup / 2)
+    found = verdict("C7", store, rows)
+    assert found.verdict == expected
+    assert f"best backend {speedup:.2f}× (gather, mlp at 90%, block 16)" in found.number
+    assert "PyTorch's BSR at best 0.10×" in found.number
+
+
+def test_c7_is_about_batch_size_1_and_not_about_gpus(store):
+    assert verdict("C7", store, vit(16, 0.9, 2, gather=3.0)) == claims.NOT_MEASURED
+    assert verdict("C7", store, vit(16, 0.9, 1, gather=3.0, where=GPU)) == claims.NOT_MEASURED
+
+
+# --- C8, C9: accuracy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({0.5: 0.2, 0.7: 0.9, 0.8: 4.0, 0.9: 6.0}, HOLDS),
+        ({0.5: 0.2, 0.7: 2.0, 0.8: 4.0, 0.9: 6.0}, FAILS),
+        ({0.5: 0.2, 0.7: 0.9, 0.85: 7.0, 0.9: 8.0}, FAILS),
+        ({0.5: 0.0, 0.7: 0.0, 0.8: 0.1, 0.9: 0.5}, FAILS),
+    ],
+)
+def test_c8(store, losses, expected):
+    found = verdict("C8", store, trainings({(8, s): lost for s, lost in losses.items()}))
+    assert found.verdict == expected
+    worst = max(lost for s, lost in losses.items() if s <= 0.7)
+    assert f"digits: at most {worst:.1f} points lost to 70%" in found.number
+
+
+def test_c8_takes_the_worst_block_size_and_the_mean_of_the_seeds(store):
+    losses = {(b, s): lost for b in (8, 16) for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 3.0}.items()}
+    assert verdict("C8", store, trainings(losses)).verdict == HOLDS
+    worse = {**losses, (16, 0.7): 1.5}
+    assert verdict("C8", store, trainings(worse, device="B"), "B").verdict == FAILS
+
+
+@pytest.mark.parametrize("missing", [0.7, 0.8, 0.9])
+def test_c8_needs_all_three_ranges(store, missing):
+    losses = {(8, s): 1.0 for s in (0.7, 0.8, 0.9) if s != missing}
+    assert verdict("C8", store, trainings(losses)) == claims.NOT_MEASURED
+
+
+def test_c8_must_hold_on_every_data_set(store):
+    good = {(8, s): lost for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 3.0}.items()}
+    rows = trainings(good) + trainings({**good, (8, 0.7): 9.0}, dataset="cifar10")
+    found = verdict("C8", store, rows)
+    assert found.verdict == FAILS
+    assert "digits:" in found.number and "cifar10:" in found.number
+
+
+def speed(block_size: int, sparsity: float, scope: str = "blog", **more) -> list[dict]:
+    return vit(block_size, sparsity, 256, **{"model": "vit_digits", "scope": scope, **more})
+
+
+@pytest.mark.parametrize(
+    ("speedup", "lost", "expected"), [(1.5, 1.9, HOLDS), (1.39, 1.0, HOLDS), (1.3, 1.0, FAILS), (1.5, 2.5, FAILS)]
+)
+def test_c9(store, speedup, lost, expected):
+    rows = trainings({(16, 0.8): lost}) + speed(16, 0.8, torch=speedup)
+    found = verdict("C9", store, rows)
+    assert found.verdict == expected
+    if lost < 2:
+        assert f"torch: {speedup:.2f}× with {lost:.1f} points lost (block 16, 80%)" in found.number
+
+
+@pytest.mark.parametrize("only", ["accuracy", "speed", "another model", "another cell"])
+def test_c9_needs_accuracy_and_speed_of_the_same_model(store, only):
+    rows = {
+        "accuracy": trainings({(16, 0.8): 1.0}),
+        "speed": speed(16, 0.8, torch=2.0),
+        "another model": trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=2.0, model="vit_b_16"),
+        "another cell": trainings({(16, 0.8): 1.0}) + speed(16, 0.9, torch=2.0),
+    }[only]
+    assert verdict("C9", store, rows) == claims.NOT_MEASURED
+
+
+def test_c9_does_not_take_the_speed_of_a_model_with_more_layers_sparse_than_were_trained(store):
+    rows = trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=1.1) + speed(16, 0.8, scope="mlp+attention", torch=2.0)
+    found = verdict("C9", store, rows)
+    assert found.verdict == FAILS
+    assert "1.10×" in found.number
+
+
+def test_c9_decides_by_pytorchs_kernels_and_names_the_best_backend_beside(store):
+    rows = trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=1.1, gather=2.0)
+    found = verdict("C9", store, rows)
+    assert found.verdict == FAILS
+    assert "torch: 1.10×" in found.number and "gather: 2.00×" in found.ours
+
+
+# --- C10, C11 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [({}, HOLDS), ({"fold_difference": 1e-6}, FAILS), ({"load_difference": 1e-6}, FAILS)]
+)
+def test_c10(store, values, expected):
+    found = verdict("C10", store, converted(**values))
+    assert found.verdict == expected
+    assert "converted in 1.50 s, loaded in 0.25 s" in found.number
+
+
+def test_c10_one_model_that_changes_is_enough_to_refute_it(store):
+    rows = converted() + [row | {"model": "vit_digits"} for row in converted()]
+    rows += [row | {"model": "vit_b_32"} for row in converted(fold_difference=0.5)]
+    found = verdict("C10", store, rows)
+    assert found.verdict == FAILS
+    assert "by folding 0.5" in found.number
+
+
+def test_c10_needs_all_of_it(store):
+    for missing in ("fold_difference", "load_difference", "convert_seconds", "load_seconds"):
+        rows = [{**row, "device": missing} for row in converted() if row["metric"] != missing]
+        assert verdict("C10", store, rows, missing) == claims.NOT_MEASURED
+
+
+def test_c11_a_converted_head_refutes_it(store):
+    rows = group("linear", model="1000x768", tokens=197, block_size=32, sparsity=0.9, gather=1.7)
+    found = verdict("C11", store, rows)
+    assert found.verdict == FAILS
+    assert "in blocks of 32: up to 1.70× (gather, 90%)" in found.number
+
+
+@pytest.mark.parametrize("changes", [{"model": "768x768"}, {"block_size": 8}], ids=str)
+def test_c11_other_layers_and_block_sizes_that_divide_say_nothing_of_it(store, changes):
+    rows = group("linear", **{"model": "1000x768", "block_size": 32, "sparsity": 0.9, "gather": 2.0, **changes})
+    assert verdict("C11", store, rows) == claims.NOT_MEASURED

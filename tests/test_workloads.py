@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blockvit import models, workloads
+from blockvit.attention import expose_projections
+from blockvit.bench import Effort
+from blockvit.fold import random_block_mask_
+from blockvit.results import COLUMNS, KEYS
+from blockvit.supermask import num_kept
+from blockvit.targets import matching
+from blockvit.workloads import (
+    SCOPES,
+    CeilingCase,
+    ConversionCase,
+    LinearCase,
+    ModelCase,
+    linear_cases,
+    refusals,
+    runnable,
+    sparse_share,
+)
+
+CPU = torch.device("cpu")
+SHORT = Effort(min_repeats=2, max_repeats=2, seconds=0, min_sample=0)
+
+
+def by_backend(rows: list[dict], metric: str = "latency") -> dict[tuple[str, str], dict]:
+    found = [row for row in rows if row["metric"] == metric]
+    named = {(row["backend"], row["compile"]): row for row in found}
+    assert len(named) == len(found), "two rows of one variant"
+    return named
+
+
+def kept_blocks(weight: torch.Tensor, block_size: int) -> int:
+    rows, columns = (-(-n // block_size) for n in weight.shape)
+    padded = torch.zeros(rows * block_size, columns * block_size)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    return int(padded.view(rows, block_size, columns, block_size).ne(0).any(3).any(1).sum())
+
+
+def check_times(rows: list[dict]) -> None:
+    for row in rows:
+        assert set(row) <= set(COLUMNS)
+        assert 0 < row["low"] <= row["value"] <= row["high"] and row["unit"] == "s" and row["repeats"] == 2
+
+
+# --- which backends --------------------------------------------------------------------------------------------------
+
+
+def unavailable(monkeypatch, name: str, why: str = "it is Tuesday"):
+    from blockvit.kernels import backends
+
+    monkeypatch.setattr(backends()[name], "refusal", classmethod(lambda cls, device, dtype, block_size: why))
+
+
+def test_a_backend_that_cannot_run_is_left_out_and_named(monkeypatch):
+    unavailable(monkeypatch, "torch")
+    case = LinearCase((48, 32), 5, 16, 0.5)
+    assert [key["backend"] for key in case.keys(CPU)] == ["gather"]
+    assert set(by_backend(case.measure(CPU, SHORT))) == {("dense", "eager"), ("gather", "eager")}
+    (line,) = refusals(["gather", "torch"], "cpu", ["fp32"], [16])
+    assert line.startswith("not measured: backend 'torch' cannot run") and "it is Tuesday" in line
+
+
+def test_refusals_name_each_reason_once(monkeypatch):
+    assert refusals(["gather"], "cpu", ["fp32", "bf16"], [16, 32]) == []
+    unavailable(monkeypatch, "torch")
+    assert len(refusals(["torch", "torch"], "cpu", ["fp32", "bf16"], [16, 32])) == 4
+
+
+def test_where_no_backend_can_run_there_is_nothing_to_measure(monkeypatch):
+    unavailable(monkeypatch, "gather")
+    assert LinearCase((48, 32), 5, 16, 0.5, backends=("gather",)).keys(CPU) == []
+    assert ModelCase("vit_digits", "mlp", 1, 16, 0.5).keys(CPU) == []
+
+
+@pytest.mark.parametrize("ask", [lambda b: runnable(b, CPU, "fp32", 16), lambda b: refusals(b, "cpu", ["fp32"], [16])])
+def test_unknown_backends_raise(ask):
+    with pytest.raises(ValueError, match="backend is 'gahter'; expected 'auto' or one of"):
+        ask(["gather", "gahter"])
+
+
+def test_the_baseline_is_no_backend_to_compare_with_it():
+    with pytest.raises(ValueError, match="backend 'dense' is the baseline that every case measures; leave it out"):
+        LinearCase((48, 32), 5, 16, 0.5, backends=("gather", "dense")).measure(CPU, SHORT)
+
+
+# --- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_linear_case_rows(precision, dtype):
+    rows = LinearCase((50, 32), 7, 16, 0.75, precision, seed=3).measure(CPU, SHORT)
+    check_times(rows)
+    found = by_backend(rows)
+    able = runnable(("torch", "gather"), CPU, precision, 16)  # PyTorch's kernels have no bf16 on some CPUs
+    assert set(found) == {("dense", "eager"), *((name, "eager") for name in able)} and "gather" in able
+    for (backend, _), row in found.items():
+        assert (row["model"], row["scope"], row["tokens"], row["seed"]) == ("50x32", "linear", 7, 3)
+        assert (row["dtype"], row["precision"]) == (dtype, precision)
+        sparse = (row.get("block_size"), row.get("sparsity"))
+        assert sparse == ((None, None) if backend == "dense" else (16, 0.75))
+
+
+def test_linear_case_computes_what_it_says(monkeypatch):
+    seen = {}
+
+    def spy(calls, *, clock, effort):
+        seen.update({name: call() for name, call in calls.items()})
+        return {name: workloads.Timing((1.0,)) for name in calls}
+
+    monkeypatch.setattr(workloads, "interleave", spy)
+    masked = []
+    monkeypatch.setattr(
+        workloads, "random_block_mask_", lambda weight, *a: (random_block_mask_(weight, *a), masked.append(weight))
+    )
+    LinearCase((64, 48), 7, 16, 0.75).measure(CPU, SHORT)
+    assert {tuple(y.shape) for y in seen.values()} == {(7, 64)}
+    assert float((seen["gather"] - seen["dense"]).abs().max()) < 1e-5
+    assert kept_blocks(masked[0].detach(), 16) == num_kept(12, 0.75)
+
+
+def test_linear_cases_are_the_full_grid():
+    cases = linear_cases([[8, 4], [4, 8]], [5, 6], [2, 4], [0.5, 0.9], ["fp32", "bf16"], ["gather"])
+    assert len(set(cases)) == len(cases) == 2**5
+    assert all(case.backends == ("gather",) and case.shape in {(8, 4), (4, 8)} for case in cases)
+    first = cases[:2]
+    assert {case.block_size for case in first} == {2, 4} and len({case.shape for case in first}) == 1
+    assert {(case.precision, case.tokens) for case in cases[:8]} == {("fp32", 5)}
+
+
+@pytest.mark.parametrize(("shape", "block_size"), [((64, 64), 16), ((50, 70), 16), ((10, 128), 32), ((5, 5), 8)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.99])
+def test_random_masks_keep_the_right_number_of_blocks(shape, block_size, sparsity):
+    weight = torch.ones(shape)
+    random_block_mask_(weight, sparsity, block_size, torch.Generator().manual_seed(0))
+    blocks = -(-shape[0] // block_size) * -(-shape[1] // block_size)
+    assert kept_blocks(weight, block_size) == num_kept(blocks, sparsity)
+    assert set(weight.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_random_masks_follow_their_generator():
+    masks = []
+    for seed in (0, 0, 1):
+        masks.append(torch.ones(64, 64))
+        random_block_mask_(masks[-1], 0.5, 8, torch.Generator().manual_seed(seed))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["mlp", "all"])
+def test_model_case_rows(scope):
+    case = ModelCase("vit_digits", scope, 2, 32, 0.9, backends=("torch", "gather"), memory=True)
+    rows = case.measure(CPU, SHORT)
+    check_times([row for row in rows if row["metric"] == "latency"])
+    found = by_backend(rows)
+    assert set(found) == {("dense", "eager"), ("torch", "eager"), ("gather", "eager")}
+    for (backend, _), row in found.items():
+        assert (row["model"], row["batch_size"], row["precision"], row["seed"]) == ("vit_digits", 2, "fp32", 0)
+        sparse = (row["scope"], row.get("block_size"), row.get("sparsity"))
+        assert sparse == (("dense", None, None) if backend == "dense" else (scope, 32, 0.9))
+    held = {name: row["value"] for (name, _), row in by_backend(rows, "model_bytes").items()}
+    assert set(held) == {"dense", "torch", "gather"}
+    assert held["dense"] == sum(p.numel() for p in models.create("vit_digits").parameters()) * 4
+    assert held["torch"] < 0.6 * held["dense"], "most of this model is sparse at 90%"
+    peaks = by_backend(rows, "peak_memory")
+    assert all(row["value"] >= 0 and row["unit"] == "B" for row in peaks.values())
+
+
+def test_model_case_without_memory_has_latencies_only():
+    case = ModelCase("vit_digits", "mlp", 1, 16, 0.5)
+    assert {row["metric"] for row in case.measure(CPU, SHORT)} == {"latency"}
+    assert {key["metric"] for key in case.keys(CPU)} == {"latency"}
+
+
+def test_compiled_dense_variants_are_in_the_same_group(monkeypatch):
+    monkeypatch.setattr(workloads, "_compiled", lambda name, device, dtype, mode: _dense(name, device, dtype))
+    rows = ModelCase("vit_digits", "mlp", 1, 16, 0.5, dense_compile=("compile",)).measure(CPU, SHORT)
+    assert set(by_backend(rows)) == {("dense", "eager"), ("dense", "compile"), ("gather", "eager")}
+
+
+def _dense(name, device, dtype):
+    return workloads._dense_model(name, device, dtype)
+
+
+def test_the_timed_models_logits_are_no_zeros():
+    """Else every check against the dense result compares zeros with zeros."""
+    model = _dense("vit_digits", CPU, torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.randn(4, 3, 8, 8))
+    assert logits.std() > 0.01
+    assert (logits[0] != logits[1]).any()
+
+
+@pytest.mark.parametrize("scope", list(SCOPES))
+def test_sparse_model_masks_its_scope_and_leaves_the_dense_one_alone(scope):
+    before = {name: value.clone() for name, value in _dense("vit_digits", CPU, torch.float32).state_dict().items()}
+    sparse = ModelCase("vit_digits", scope, 1, 16, 0.9).sparse_model(CPU)
+    after = _dense("vit_digits", CPU, torch.float32).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    chosen = matching(sparse, SCOPES[scope], types=(nn.Linear,))
+    for name, layer in sparse.named_modules():
+        if isinstance(layer, nn.Linear):
+            blocks = -(-layer.out_features // 16) * -(-layer.in_features // 16)
+            expected = num_kept(blocks, 0.9) if name in chosen else blocks
+            assert kept_blocks(layer.weight.detach(), 16) == expected, name
+
+
+def test_mlp_and_attention_scopes_are_what_they_say():
+    model = expose_projections(models.create("vit_digits"))
+    sizes = {scope: len(matching(model, targets, types=(nn.Linear,))) for scope, targets in SCOPES.items()}
+    assert sizes == {"mlp": 8, "mlp+attention": 16, "blog": 13, "all": 17}
+
+
+def test_share_of_vit_b_16s_mlp():
+    assert sparse_share("vit_b_16", "mlp") == pytest.approx(0.635, abs=0.01)
+
+
+def test_share_against_a_count_by_hand():
+    tokens, width, mlp, layers = 1 + (8 // 4) ** 2, 128, 512, 4
+    multiply_adds = {
+        "patches": 4 * width * 3 * 4 * 4,
+        "qkv": layers * tokens * width * 3 * width,
+        "attention": layers * 2 * tokens * tokens * width,
+        "out_proj": layers * tokens * width * width,
+        "mlp": layers * 2 * tokens * width * mlp,
+        "head": width * 10,
+    }
+    total = sum(multiply_adds.values())
+    for scope, parts in {
+        "mlp": ["mlp"],
+        "mlp+attention": ["mlp", "qkv", "out_proj"],
+        "blog": ["mlp", "out_proj", "head"],
+        "all": ["mlp", "qkv", "out_proj", "head"],
+    }.items():
+        by_hand = sum(multiply_adds[part] for part in parts) / total
+        assert sparse_share("vit_digits", scope) == pytest.approx(by_hand, rel=1e-6), scope
+
+
+# --- ceilings and conversion -----------------------------------------------------------------------------------------
+
+
+def test_ceilings():
+    rows = {row["metric"]: row for row in CeilingCase(size=256, copy_bytes=1 << 24).measure(CPU, SHORT)}
+    assert {metric: (row["model"], row["unit"]) for metric, row in rows.items()} == {
+        "matmul_throughput": ("256x256", "FLOP/s"),
+        "copy_bandwidth": ("copy", "B/s"),
+    }
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
+    assert 1e8 < rows["matmul_throughput"]["value"] < 1e14
+    assert 1e8 < rows["copy_bandwidth"]["value"] < 1e13
+
+
+def test_ceilings_are_work_over_time(monkeypatch):
+    timing = workloads.Timing((1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    monkeypatch.setattr(workloads, "interleave", lambda calls, **how: dict.fromkeys(calls, timing))
+    rows = {row["metric"]: row for row in CeilingCase(size=8, copy_bytes=1200).measure(CPU, SHORT)}
+    assert rows["matmul_throughput"]["value"] == 2 * 8**3 / 6
+    assert rows["copy_bandwidth"]["value"] == 2 * 1200 / 6, "a byte copied is read and written"
+    assert rows["copy_bandwidth"]["low"] == 2 * 1200 / 16 and rows["copy_bandwidth"]["high"] == 2 * 1200 / 2
+
+
+def test_conversion_case():
+    rows = ConversionCase("vit_digits", 16, 0.9).measure(CPU, SHORT)
+    assert all(set(row) <= set(COLUMNS) for row in rows)
+    found = {row["metric"]: row for row in rows}
+    assert set(found) == {
+        "build_seconds", "convert_seconds", "load_seconds", "dense_bytes", "sparse_bytes", "file_bytes",
+    }  # fmt: skip
+    for metric, row in found.items():
+        assert (row["model"], row["block_size"], row["sparsity"], row["scope"]) == ("vit_digits", 16, 0.9, "all")
+        assert row["unit"] == ("s" if metric.endswith("seconds") else "B")
+        assert row["value"] > 0
+    value = {metric: row["value"] for metric, row in found.items()}
+    assert found["convert_seconds"]["repeats"] == 2
+    assert value["file_bytes"] < 0.4 * value["dense_bytes"]
+    assert value["sparse_bytes"] < value["dense_bytes"]
+
+
+def test_cases_share_a_dense_model_without_harm():
+    """The model is built under inference mode by one case and copied outside of it by the next."""
+    workloads._dense_model.cache_clear()
+    ModelCase("vit_digits", "mlp", 1, 16, 0.5).measure(CPU, SHORT)
+    ConversionCase("vit_digits", 16, 0.5).measure(CPU, SHORT)
+    ModelCase("vit_digits", "all", 1, 16, 0.5).measure(CPU, SHORT)
+
+
+@pytest.mark.parametrize("case", [LinearCase((48, 32), 5, 16, 0.5), ModelCase("vit_digits", "mlp", 1, 16, 0.5)])
+def test_keys_are_key_columns(case):
+    for key in case.keys(CPU):
+        assert set(key) <= set(KEYS)
