@@ -246,7 +246,7 @@ def test_unfinished_tables_are_drawn(name, tmp_path):
 def test_a_legend_names_block_sizes_that_the_first_panel_lacks():
     table = linear()
     table = table[(table["model"] != LAYERS[0]) | (table["block_size"] != 64)]
-    assert "64×64" in legend_labels(plots.linear_break_even(table, ["torch"]))
+    assert "blocks 64×64" in legend_labels(plots.linear_break_even(table, ["torch"]))
 
 
 @pytest.mark.parametrize(

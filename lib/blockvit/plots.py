@@ -95,14 +95,18 @@ def _published_point(axes: Axes, sparsity: float, value: float, block_size: floa
     )  # fmt: skip
 
 
-def _legend(axes: Axes, published: str | None = None, *, blocks: bool = True, **style: object) -> None:
-    """The legend of block sizes, with a hollow marker for ``published`` points if there are any."""
-    handles, labels = axes.get_legend_handles_labels() if blocks else ([], [])
+def _legend(figure: Figure, published: str | None = None) -> None:
+    """One legend below all panels, with a hollow marker for ``published`` points if there are any."""
+    entries: dict[str, object] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    order = sorted(entries, key=lambda label: ("×" not in label, int(label.split("×")[0]) if "×" in label else 0))
+    handles, labels = [entries[label] for label in order], [f"blocks {n}" if "×" in n else n for n in order]
     if published:
         handles.append(Line2D([], [], marker="o", markersize=6, markerfacecolor="none", color=_DENSE, linestyle="none"))
         labels.append(published)
-    if handles:
-        axes.legend(handles, labels, title="blocks" if blocks else None, fontsize=7, **style)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) <= 4 else 3)
 
 
 def _percent(axes: Axes) -> None:
@@ -110,7 +114,12 @@ def _percent(axes: Axes) -> None:
 
 
 def _times(value: float, _: object = None) -> str:
-    return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×" if value > 0 and (1 / value) % 1 == 0 else f"{value:g}×"
+    return f"{value:g}×"
+
+
+def _ratios(value: float, _: object = None) -> str:
+    """For logarithmic axes to base 2: a quarter is as far from 1 as four, and should look it."""
+    return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
 
 
 def break_even(sparsity: Sequence[float], speedup: Sequence[float]) -> float | None:
@@ -262,21 +271,18 @@ def linear_break_even(speedups: pd.DataFrame, backends: Sequence[str], headline:
                     axes.plot([edge], [1], marker="|", markersize=10, color=_COLOURS[block], zorder=4)
             _reference_line(axes)
             if headline:
-                axes.axhline(headline, color=_DENSE, linewidth=0.8, linestyle=":")
+                label = "published headline, large matmuls"
+                axes.axhline(headline, color=_DENSE, linewidth=0.8, linestyle=":", label=label)
             axes.set_yscale("log", base=2)
             axes.set_xticks(sorted(cell["sparsity"].unique()))
             axes.tick_params(axis="x", labelsize=6, rotation=90)
-            axes.yaxis.set_major_formatter(FuncFormatter(_times))
+            axes.yaxis.set_major_formatter(FuncFormatter(_ratios))
             _percent(axes)
             if row == 0:
                 axes.set_title(shape)
         panels[row, 0].set_ylabel(f"{backend}\nspeedup over dense")
-    figure.supxlabel("sparsity (ticks on the line at 1×: break-even)", fontsize=9)
-    entries = {}  # of all panels: a sweep cut short may lack a block size in the first
-    for axes in panels.flat:
-        entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    labels = [label for block in _blocks(rows) if (label := f"{block}×{block}") in entries]
-    figure.legend([entries[label] for label in labels], labels, title="blocks", loc="outside upper center", ncols=5)
+    panels[-1, len(shapes) // 2].set_xlabel("sparsity (ticks on the line at 1×: break-even)")
+    _legend(figure)
     return figure
 
 
@@ -305,7 +311,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         _percent(axes)
     panels[0, 0].set(ylabel="of the measured dense peak", ylim=(0, 1))
-    panels[0, 0].legend(title="blocks")
+    _legend(figure)
     return figure
 
 
@@ -347,7 +353,7 @@ def model_speedup(
         axes.yaxis.set_major_formatter(FuncFormatter(_times))
         axes.set(title=f"{scope} sparse", xlabel="sparsity", ylim=(0, None))
     panels[0, 0].set_ylabel(f"speedup over dense ({backend})")
-    _legend(panels[0, 0], None if published is None else f"published ({', '.join(sorted(set(published['device'])))})")
+    _legend(figure, None if published is None else f"published ({', '.join(sorted(set(published['device'])))})")
     return figure
 
 
@@ -368,7 +374,7 @@ def batch_sizes(speedups: pd.DataFrame, backends: Sequence[str]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(_times))
         axes.set(title=backend, xlabel="batch size (images)", ylim=(0, None))
     panels[0, 0].set_ylabel("speedup over dense")
-    panels[0, 0].legend(title="blocks")
+    _legend(figure)
     return figure
 
 
@@ -422,8 +428,7 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
     right.invert_yaxis()
     for axes in (left, right):
         _percent(axes)
-    _legend(left, loc="lower left")
-    _legend(right, "published, ImageNet" if len(published_loss) else None, blocks=False, loc="lower left")
+    _legend(figure, "published, ImageNet" if len(published_loss) else None)
     return figure
 
 
@@ -443,5 +448,5 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     axes.axhline(dense_top1 - 2, color=_DENSE, linestyle=":", linewidth=1, label="2 points lost")
     axes.xaxis.set_major_formatter(FuncFormatter(_times))
     axes.set(xlabel="speedup over dense, measured", ylabel="test accuracy (%)")
-    axes.legend(title="blocks", fontsize=7)
+    _legend(figure)
     return figure

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ def _dense_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
 @cache
 def _compiled(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> Callable[[Tensor], Tensor]:
     """The dense model compiled for inference; ``mode`` is ``torch.compile``'s, or ``"compile"`` for its default."""
+    # On machines without a GPU Inductor warns of that, once, in the middle of a notebook.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if device.type == "cpu":  # freezing is what makes Inductor pack weights for the CPU; it goes with no mode
         return torch.compile(_dense_model(name, device, dtype), options={"freezing": True})
     return torch.compile(_dense_model(name, device, dtype), mode=None if mode == "compile" else mode)
