@@ -431,7 +431,7 @@ def test_c8(store, losses, expected):
 
 
 def test_c8_takes_the_worst_block_size_and_the_mean_of_the_seeds(store):
-    losses = {(b, s): lost for b in (8, 16) for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 3.0}.items()}
+    losses = {(b, s): lost for b in (8, 16) for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 6.0}.items()}
     assert verdict("C8", store, trainings(losses)).verdict == HOLDS
     worse = {**losses, (16, 0.7): 1.5}
     assert verdict("C8", store, trainings(worse, device="B"), "B").verdict == FAILS
@@ -444,7 +444,7 @@ def test_c8_needs_all_three_ranges(store, missing):
 
 
 def test_c8_must_hold_on_every_data_set(store):
-    good = {(8, s): lost for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 3.0}.items()}
+    good = {(8, s): lost for s, lost in {0.7: 0.5, 0.8: 1.0, 0.9: 6.0}.items()}
     rows = trainings(good) + trainings({**good, (8, 0.7): 9.0}, dataset="cifar10")
     found = verdict("C8", store, rows)
     assert found.verdict == FAILS
@@ -459,7 +459,7 @@ def speed(block_size: int, sparsity: float, scope: str = "blog", **more) -> list
     ("speedup", "lost", "expected"), [(1.5, 1.9, HOLDS), (1.39, 1.0, HOLDS), (1.3, 1.0, FAILS), (1.5, 2.5, FAILS)]
 )
 def test_c9(store, speedup, lost, expected):
-    rows = trainings({(16, 0.8): lost}) + speed(16, 0.8, torch=speedup)
+    rows = trainings({(16, 0.8): lost}, dataset="cifar10") + speed(16, 0.8, torch=speedup)
     found = verdict("C9", store, rows)
     assert found.verdict == expected
     if lost < 2:
@@ -469,26 +469,35 @@ def test_c9(store, speedup, lost, expected):
 @pytest.mark.parametrize("only", ["accuracy", "speed", "another model", "another cell"])
 def test_c9_needs_accuracy_and_speed_of_the_same_model(store, only):
     rows = {
-        "accuracy": trainings({(16, 0.8): 1.0}),
+        "accuracy": trainings({(16, 0.8): 1.0}, dataset="cifar10"),
         "speed": speed(16, 0.8, torch=2.0),
-        "another model": trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=2.0, model="vit_b_16"),
-        "another cell": trainings({(16, 0.8): 1.0}) + speed(16, 0.9, torch=2.0),
+        "another model": trainings({(16, 0.8): 1.0}, dataset="cifar10") + speed(16, 0.8, torch=2.0, model="vit_b_16"),
+        "another cell": trainings({(16, 0.8): 1.0}, dataset="cifar10") + speed(16, 0.9, torch=2.0),
     }[only]
     assert verdict("C9", store, rows) == claims.NOT_MEASURED
 
 
 def test_c9_does_not_take_the_speed_of_a_model_with_more_layers_sparse_than_were_trained(store):
-    rows = trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=1.1) + speed(16, 0.8, scope="mlp+attention", torch=2.0)
+    rows = (
+        trainings({(16, 0.8): 1.0}, dataset="cifar10")
+        + speed(16, 0.8, torch=1.1)
+        + speed(16, 0.8, scope="mlp+attention", torch=2.0)
+    )
     found = verdict("C9", store, rows)
     assert found.verdict == FAILS
     assert "1.10×" in found.number
 
 
 def test_c9_decides_by_pytorchs_kernels_and_names_the_best_backend_beside(store):
-    rows = trainings({(16, 0.8): 1.0}) + speed(16, 0.8, torch=1.1, gather=2.0)
+    rows = trainings({(16, 0.8): 1.0}, dataset="cifar10") + speed(16, 0.8, torch=1.1, gather=2.0)
     found = verdict("C9", store, rows)
     assert found.verdict == FAILS
     assert "torch: 1.10×" in found.number and "gather: 2.00×" in found.ours
+
+
+def test_c9_is_not_decided_on_digits(store):
+    found = verdict("C9", store, trainings({(16, 0.8): 1.0}, dataset="digits") + speed(16, 0.8, torch=2.0))
+    assert found.verdict == claims.OPEN and "digits" in found.number
 
 
 # --- C10, C11 --------------------------------------------------------------------------------------------------------

@@ -233,6 +233,11 @@ def test_pytorchs_operator_passes_opcheck():
             torch.library.opcheck(torch_bsr._linear, (x.requires_grad_(), *parts, bias))
 
 
+def test_auto_stays_dense_below_the_measured_break_even():
+    chosen = {s: resolve("auto", CPU, torch.float32, 32, s).name for s in (0.0, 0.5, 0.9)}
+    assert chosen == {0.0: "dense", 0.5: "dense", 0.9: "gather"}
+
+
 # --- the module ------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +348,7 @@ def picky():
             return f"it wants blocks of 7, not {block_size}" if block_size != 7 else None
 
         @classmethod
-        def preference(cls, device, dtype, block_size):
+        def preference(cls, device, dtype, block_size, sparsity=1.0):
             return 99.0
 
         @staticmethod

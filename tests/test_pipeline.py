@@ -319,7 +319,7 @@ def test_interleaved_runs(study):
 def test_readme_is_refreshed_after_the_claims(study, monkeypatch):
     write_notebook(study, "06_claims", "results_dir = ''")
     monkeypatch.setattr(pipeline, "execute", lambda *_, **__: None)
-    claims = types.SimpleNamespace(markdown=lambda store: f"| from {store.root.relative_to(study)} |")
+    claims = types.SimpleNamespace(readme=lambda store: f"| from {store.root.relative_to(study)} |")
     monkeypatch.setitem(sys.modules, "blockvit.claims", claims)
     monkeypatch.setattr(blockvit, "claims", claims, raising=False)
     monkeypatch.setenv("BLOCKVIT_RESULTS", str(study / "tables"))

@@ -203,7 +203,7 @@ def run(
     if remeasure:
         for cell in pending:
             _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
-    report = bench.SweepReport(kept=len(grid) - len(pending))
+    report = bench.SweepReport(kept=len(grid) - len(pending), what="trainings")
     start = time.perf_counter()
     work = partial(
         _train_and_report, checkpoints=str(checkpoints), data_root=data_root, recipe=dict(recipe or {}), device=device

@@ -236,11 +236,12 @@ class SweepReport:
     left: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    what: str = "groups"
 
     def __str__(self) -> str:
-        lines = [f"{self.measured} groups measured in {self.seconds:.0f} s, {self.kept} were there already"]
+        lines = [f"{self.measured} {self.what} measured in {self.seconds:.0f} s, {self.kept} were there already"]
         if self.left:
-            lines.append(f"{self.left} groups left for the next run: the time budget was spent")
+            lines.append(f"{self.left} {self.what} left for the next run: the time budget was spent")
         return "\n".join(lines + self.notes)
 
 

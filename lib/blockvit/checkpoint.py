@@ -219,7 +219,9 @@ def load(
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:  # a half-precision file gives a half-precision model
                 tensor.data = tensor.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors, assign=from_file_alone)
+    placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
+    model.load_state_dict(rest, strict=False, assign=from_file_alone)
     return model.eval()
 
 

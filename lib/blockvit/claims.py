@@ -1,7 +1,8 @@
 """The claims C1 to C11 of the blog post, decided from the tables: per device, with the number that decides.
 
 A claim is decided like for like, as the post measured it: PyTorch's BSR kernels against eager dense PyTorch in the
-same precision. Beside it stands the best backend there is against the fastest dense variant measured. What the tables
+same precision. Beside it stands the best backend there is against the fastest dense variant measured with it. C7, a
+conjecture that the post did not measure, is decided by the best backend. What the tables
 do not hold is "not measured here".
 """
 
@@ -21,6 +22,8 @@ VIT_B_16_LINEARS = ("768x768", "2304x768", "3072x768", "768x3072", "1000x768")
 HEAD = "1000x768"
 LARGE = 4096  # from this size up a square matmul is "large"
 NEAR = 0.95  # a published speedup counts as reached from this share of it on: run to run noise
+
+TOO_EASY = ("digits",)  # a model of five tokens says nothing of a headline on ImageNet
 
 SMALL_LOSS, LIMITED_LOSS = 1.0, 5.0  # points: the most that is "no meaningful loss" and "limited loss"
 """The post gives no numbers for its words; the published losses (0.7 to 5 points at 80%, 2 to 19 at 90%) fit these."""
@@ -233,7 +236,10 @@ def c6(e: Evidence) -> Verdict:
 
 
 def c7(e: Evidence) -> Verdict:
-    """On-device hardware is faster at batch size 1."""
+    """On-device hardware is faster at batch size 1.
+
+    The post measured nothing here that could be repeated like for like: any backend that is faster decides.
+    """
     best = e.vit_best[(e.vit_best["batch_size"] == 1) & (e.vit_best["sparsity"] == 0.9)]
     best = _where(best, model="vit_b_16", precision="fp32")
     if e.is_gpu or best.empty:
@@ -268,7 +274,7 @@ def c8(e: Evidence) -> Verdict:
         if any(part.empty for part in parts):
             continue
         worst = [part["lost"].max() for part in parts]
-        decided.append(worst[0] <= SMALL_LOSS and worst[1] <= LIMITED_LOSS and worst[2] > SMALL_LOSS)
+        decided.append(worst[0] <= SMALL_LOSS and worst[1] <= LIMITED_LOSS and worst[2] > LIMITED_LOSS)
         lines.append(
             f"{dataset}: at most {worst[0]:.1f} points lost to 70%, {worst[1]:.1f} from 80% to below 90%, "
             f"{worst[2]:.1f} from 90%"
@@ -292,6 +298,8 @@ def c9(e: Evidence) -> Verdict:
     like, best = both(e.vit_like), both(e.vit_best)
     if best.empty:
         return NOT_MEASURED
+    if set(best["dataset"]) <= set(TOO_EASY):
+        return Verdict(OPEN, f"only {', '.join(TOO_EASY)} was trained here, which neither confirms nor refutes it")
     if fastest(best) is None:
         return Verdict(FAILS, f"no model lost less than 2 points; the fewest lost are {best['lost'].min():.1f}")
     like, best = fastest(like), fastest(best)
@@ -374,6 +382,43 @@ def decide(store: Store) -> pd.DataFrame:
             found = decide_one(evidence)
             rows.append((claim_id, text, device, found.verdict, found.number, found.ours))
     return pd.DataFrame(rows, columns=["id", "claim", "device", "verdict", "number", "ours"])
+
+
+def readme(store: Store) -> str:
+    """What the pipeline writes into the README: the claims, and what they rest on."""
+    return (
+        f"{markdown(store)}\nMeasured, by device and table; what is not listed was not measured:\n\n{coverage(store)}"
+    )
+
+
+def coverage(store: Store) -> str:
+    """What was measured where, as a Markdown table: a row a device and experiment, from the tables alone."""
+    lines = ["| device | experiment | models | batch or tokens | blocks | sparsity | rows | repeats | torch |"]
+    lines.append("| --- |" + " --- |" * 8)
+    for device in devices(store):
+        for experiment in ("linear", "vit", "accuracy", "conversion"):
+            rows = newest(store.read(experiment, device=device))
+            if rows.empty:
+                continue
+            size = rows["tokens"] if experiment == "linear" else rows["batch_size"]
+            threads = rows["threads"].dropna().unique()
+            name = device + (f", {'/'.join(f'{n:.0f}' for n in sorted(threads))} threads" if len(threads) else "")
+            cells = [
+                name,
+                experiment,
+                ", ".join(sorted(rows["model"].unique())),
+                _span(size),
+                _span(rows["block_size"]),
+            ]
+            cells += [_span(rows["sparsity"], percent=True), str(len(rows)), _span(rows["repeats"])]
+            lines.append("| " + " | ".join([*cells, ", ".join(sorted(rows["torch"].unique()))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(values: pd.Series, *, percent: bool = False) -> str:
+    found = sorted(values.dropna().unique())
+    texts = [f"{value:.0%}" if percent else f"{value:.0f}" for value in found]
+    return "" if not texts else ", ".join(texts) if len(texts) <= 5 else f"{texts[0]} to {texts[-1]}"
 
 
 def markdown(store: Store) -> str:

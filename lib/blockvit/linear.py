@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bsr import BSRMatrix
-from .kernels import ACTIVATIONS, resolve
+from .kernels import ACTIVATIONS, Backend, resolve
 
 
 class BlockSparseLinear(nn.Module):
@@ -67,6 +67,9 @@ class BlockSparseLinear(nn.Module):
         weight = BSRMatrix.from_dense(linear.weight, block_size)
         return cls(weight, linear.bias, backend=backend, activation=activation).train(linear.training)
 
+    def _resolve(self, like: Tensor) -> type[Backend]:
+        return resolve(self.requested_backend, like.device, like.dtype, self.block_size, self.bsr.sparsity)
+
     def _pack(self) -> None:
         for name in self._packed_names:
             delattr(self, name)
@@ -74,7 +77,7 @@ class BlockSparseLinear(nn.Module):
         self.block_size = weight.block_size
         padded_out, padded_in = weight.padded_shape
         self._pad_in, self._pad_out = padded_in - self.in_features, padded_out - self.out_features
-        self.backend = resolve(self.requested_backend, self.values.device, self.values.dtype, self.block_size)
+        self.backend = self._resolve(self.values)
         packed = self.backend.pack(weight)
         for key, tensor in packed.items():
             self.register_buffer(f"_packed_{key}", tensor, persistent=False)
@@ -83,6 +86,7 @@ class BlockSparseLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.
         before = self.values.device, self.values.dtype
+        self._resolve(fn(self.values[:0]))  # if no backend can run there, say so before anything has moved
         super()._apply(fn, recurse)
         if (self.values.device, self.values.dtype) != before:
             self._pack()

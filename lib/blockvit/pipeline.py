@@ -374,7 +374,7 @@ def _claims(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, Any]]]) -> 
         folder = root / "notebooks" / given["results_dir"]  # as the notebook, running there, resolves it
     else:
         folder = Path(os.environ.get("BLOCKVIT_RESULTS") or root / "data" / "results")
-    return claims.markdown(results.Store(folder))
+    return claims.readme(results.Store(folder))
 
 
 def refresh_readme(readme: Path, contents: Mapping[str, str]) -> None:

@@ -6,6 +6,8 @@ takes rows as ``results.Store.read`` gives them (or ``results.speedups`` of them
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -148,12 +150,20 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
     sparsities = sorted(rows["sparsity"].dropna().unique())
     shades = dict(zip(sparsities, sns.color_palette("viridis_r", len(sparsities)), strict=True))
+    dashes = dict(zip(sparsities, itertools.cycle(("-", "--", "-.", ":")), strict=False))
     for axes, block in zip(panels[0], blocks, strict=True):
         dense = rows[rows["backend"] == "dense"].groupby("epoch")["value"].mean()
         axes.plot(dense.index, dense, color=_DENSE, linewidth=1.5, label="dense")
         for sparsity in sparsities:
             line = rows[(rows["block_size"] == block) & (rows["sparsity"] == sparsity)].groupby("epoch")["value"].mean()
-            axes.plot(line.index, line, color=shades[sparsity], linewidth=1.2, label=f"{sparsity:.0%} sparse")
+            axes.plot(
+                line.index,
+                line,
+                color=shades[sparsity],
+                linestyle=dashes[sparsity],
+                linewidth=1.2,
+                label=f"{sparsity:.0%} sparse",
+            )
         axes.set(title=f"blocks of {block}×{block}", xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low = rows.groupby("epoch")["value"].mean()
@@ -188,14 +198,15 @@ def block_masks(initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarr
 
 
 def kept_blocks(kept: pd.DataFrame) -> Figure:
-    """How many blocks each block row kept: columns ``layer``, ``mask`` (before training, learnt), ``kept`` a row."""
+    """Share of its blocks that each block row kept: columns ``layer``, ``mask`` (before training, learnt), ``kept``."""
     rows = _require(kept, "masks")
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     sns.boxplot(
         rows, x="layer", y="kept", hue="mask", ax=axes, fliersize=2, linewidth=0.8,
         palette=dict(zip(rows["mask"].unique(), ("0.8", _COLOURS[16]), strict=False)),
     )  # fmt: skip
-    axes.set(xlabel="", ylabel="blocks kept in a row of blocks")
+    axes.set(xlabel="", ylabel="share kept of a row of blocks")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.tick_params(axis="x", rotation=60, labelsize=7)
     axes.legend(title=None)
     return figure
@@ -226,8 +237,8 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float]) -> Figu
 def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
     """Speedup over dense of one backend: a panel a block size, a row a shape and token count, a column a sparsity."""
     rows = _require(speedups[speedups["backend"] == backend], f"linear layers through {backend!r}")
-    rows = rows.assign(layer=rows["model"] + ", " + rows["tokens"].astype(int).astype(str))
-    layers = sorted(rows["layer"].unique(), key=lambda s: (int(s.split(", ")[1]), s))
+    rows = rows.assign(layer=rows["model"] + ", " + rows["tokens"].astype(int).astype(str) + " tokens")
+    layers = sorted(rows["layer"].unique(), key=lambda s: [int(n) for n in re.findall(r"\d+", s)][::-1])
     blocks = _blocks(rows)
     figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 1.1 + 0.24 * len(layers)), sharey=True, squeeze=False)
     norm = TwoSlopeNorm(vcenter=0, vmin=min(-0.01, *_log_range(rows)), vmax=max(0.01, *_log_range(rows)))
@@ -235,14 +246,14 @@ def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
         table = rows[rows["block_size"] == block].pivot_table(index="layer", columns="sparsity", values="speedup")
         table = table.reindex(layers)
         table.columns = [f"{s:.0%}" for s in table.columns]
-        labels = table.map(lambda v: "" if np.isnan(v) else f"{v:.2g}" if v < 10 else f"{v:.0f}")
+        labels = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}" if v < 9.995 else f"{v:.0f}")
         sns.heatmap(
             np.log2(table), annot=labels, fmt="", cmap="PuOr", norm=norm, cbar=False, ax=axes, linewidths=0.5,
             annot_kws={"fontsize": 7},
         )  # fmt: skip
         axes.set(title=f"blocks of {block}×{block}", xlabel="sparsity", ylabel="")
         axes.tick_params(axis="y", rotation=0)
-    panels[0, 0].set_ylabel("layer (out×in), tokens")
+    panels[0, 0].set_ylabel("layer, out×in")
     figure.suptitle(f"speedup of {backend!r} over dense: above 1 purple, below 1 orange", fontsize=9)
     return figure
 
@@ -438,7 +449,7 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH * 0.7, 3.2))
     for block in _blocks(rows):
         cell = rows[rows["block_size"] == block].sort_values("sparsity")
-        _line(axes, cell["speedup"], cell["top1"], block, linewidth=0.8)
+        _line(axes, cell["speedup"], cell["top1"], block, linewidth=0)
         for point in cell.itertuples():
             axes.annotate(
                 f"{point.sparsity:.0%}", (point.speedup, point.top1), xytext=(3, 3), textcoords="offset points",

@@ -72,8 +72,13 @@ class Study:
         return Path(os.environ.get("BLOCKVIT_CACHE") or self.store.root.parent / "cache")
 
     def rows(self, experiment: str, **columns: Any) -> pd.DataFrame:
-        """This device's rows of an experiment, narrowed to the given values of columns (a list: any of them)."""
+        """This device's rows of an experiment, narrowed to the given values of columns (a list: any of them).
+
+        Once this working copy has measured some, only its own: another machine may bear the same name.
+        """
         rows = self.store.read(experiment, device=self.device_name)
+        if self.measures and (own := rows["run"] == self.store.run).any():
+            rows = rows[own]
         for column, wanted in columns.items():
             rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
         return rows.reset_index(drop=True)

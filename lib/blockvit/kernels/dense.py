@@ -22,8 +22,8 @@ class Dense(Backend):
         return None
 
     @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> float:
-        """Last: whoever converts a layer wants it sparse."""
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
+        """Zero: sparse backends rank themselves above it where they are faster, below it where they are not."""
         return 0.0
 
     @staticmethod

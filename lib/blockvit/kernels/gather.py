@@ -21,6 +21,9 @@ TOKENS_AT_ONCE = 384
 """On a CPU, so that the gathered blocks stay in cache: 1.3x to 2x faster at 1576 tokens than all at once; 256 to 512
 tokens are within 10% of each other."""
 
+BREAK_EVEN = ((64, 0.65), (32, 0.8), (0, 0.88))
+"""From which sparsity on it beats a dense layer, for blocks of at least a size: ViT-B/16's layers on a CPU (03, 04)."""
+
 TOKENS_AT_ONCE_ON_GPU = 1 << 15
 """On a GPU only memory limits it: gathering multiplies the activations by the number of blocks in a row."""
 
@@ -37,9 +40,10 @@ class Gather(Backend):
         return None
 
     @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> float:
-        """Ahead of dense and of PyTorch's BSR on CPU; behind PyTorch's Triton kernels on CUDA."""
-        return 1.0
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
+        """Ahead of dense from its measured break-even sparsity on; behind PyTorch's Triton kernels on CUDA."""
+        edge = next(edge for size, edge in BREAK_EVEN if block_size >= size)
+        return 1.0 if sparsity >= edge else -0.5
 
     @staticmethod
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:

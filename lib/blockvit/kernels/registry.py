@@ -41,8 +41,8 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> float:
-        """How ``backend="auto"`` ranks it among those that can run: the highest wins."""
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
+        """How ``backend="auto"`` ranks it among those that can run a weight of this ``sparsity``: the highest wins."""
 
     @staticmethod
     @abstractmethod
@@ -75,8 +75,12 @@ def backends() -> dict[str, type[Backend]]:
     return dict(_BACKENDS)
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> type[Backend]:
+def resolve(
+    name: str, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0
+) -> type[Backend]:
     """The backend called ``name``, or the preferred one that can run if ``name`` is ``"auto"``.
+
+    ``sparsity`` is the fraction of the weight's blocks that are zero; only ``"auto"`` asks for it.
 
     Raises:
         ValueError: no backend has that name.
@@ -89,7 +93,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, block_size: int
         if not able:
             reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
             raise BackendUnavailableError(f"no backend runs {dtype} on {device} in blocks of {block_size} ({reasons})")
-        return max((_BACKENDS[n] for n in able), key=lambda b: b.preference(device, dtype, block_size))
+        return max((_BACKENDS[n] for n in able), key=lambda b: b.preference(device, dtype, block_size, sparsity))
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}; expected 'auto' or one of {sorted(_BACKENDS)}")
     if refusals[name] is not None:

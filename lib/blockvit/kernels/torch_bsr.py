@@ -76,7 +76,7 @@ class TorchBSR(Backend):
         return "PyTorch has BSR products for cpu and cuda only"
 
     @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> float:
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
         """First on CUDA among the backends there are; on CPU slower than dense at every setting measured (03)."""
         return 2.0 if device.type == "cuda" else -1.0
 
