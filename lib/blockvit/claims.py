@@ -2,8 +2,8 @@
 
 A claim is decided like for like, as the post measured it: PyTorch's BSR kernels against eager dense PyTorch in the
 same precision. Beside it stands the best backend there is against the fastest dense variant measured with it. C7, a
-conjecture that the post did not measure, is decided by the best backend. What the tables
-do not hold is "not measured here".
+conjecture that the post did not measure, is decided by the best backend. What the tables do not hold is "not measured
+here".
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .plots import break_even
 from .results import Store, newest, published, speedups
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
+
+TABLES = ("linear", "vit", "accuracy", "conversion")  # what the claims are decided from
 
 VIT_B_16_LINEARS = ("768x768", "2304x768", "3072x768", "768x3072", "1000x768")
 HEAD = "1000x768"
@@ -366,7 +368,7 @@ CLAIMS: dict[str, tuple[str, Callable[[Evidence], Verdict]]] = {
 
 def devices(store: Store) -> list[str]:
     """Every device that has rows, GPUs first."""
-    rows = pd.concat([store.read(name)[["device", "threads"]] for name in ("linear", "vit", "accuracy", "conversion")])
+    rows = pd.concat([store.read(name)[["device", "threads"]] for name in TABLES])
     if rows.empty:
         return []
     on_cpu = rows.groupby("device")["threads"].max().notna()
@@ -396,7 +398,7 @@ def coverage(store: Store) -> str:
     lines = ["| device | experiment | models | batch or tokens | blocks | sparsity | rows | repeats | torch |"]
     lines.append("| --- |" + " --- |" * 8)
     for device in devices(store):
-        for experiment in ("linear", "vit", "accuracy", "conversion"):
+        for experiment in TABLES:
             rows = newest(store.read(experiment, device=device))
             if rows.empty:
                 continue
