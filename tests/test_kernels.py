@@ -405,7 +405,7 @@ def test_no_backend_at_all(monkeypatch):
 
 def test_unknown_backend_and_activation():
     weight = BSRMatrix.from_dense(torch.ones(4, 4), 2)
-    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of \['dense', 'gather'"):
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of \['blksprs', 'dense', 'g"):
         BlockSparseLinear(weight, backend="cuda")
     with pytest.raises(ValueError, match=r"activation is 'relu'; expected one of \[None, 'gelu', 'gelu_tanh'\]"):
         BlockSparseLinear(weight, activation="relu")
@@ -439,7 +439,10 @@ def test_result_equals_dense_on_gpu(name, dtype):
     sparse = BlockSparseLinear.from_dense(linear, 32, backend=name)
     x = torch.randn(2, 50, 130, device=device, dtype=dtype)
     expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-    assert_near(sparse(x), expected, dtype)
+    if name == "blksprs" and dtype == torch.float32:  # which multiplies in TF32
+        torch.testing.assert_close(sparse(x).double(), expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+    else:
+        assert_near(sparse(x), expected, dtype)
 
 
 def test_the_tests_own_masking_leaves_whole_blocks():

@@ -75,6 +75,17 @@ def backends() -> dict[str, type[Backend]]:
     return dict(_BACKENDS)
 
 
+def named(name: str) -> type[Backend]:
+    """The backend of that name, whether it can run here or not.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected 'auto' or one of {sorted(_BACKENDS)}")
+    return _BACKENDS[name]
+
+
 def resolve(
     name: str, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0
 ) -> type[Backend]:
@@ -94,11 +105,10 @@ def resolve(
             reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
             raise BackendUnavailableError(f"no backend runs {dtype} on {device} in blocks of {block_size} ({reasons})")
         return max((_BACKENDS[n] for n in able), key=lambda b: b.preference(device, dtype, block_size, sparsity))
-    if name not in _BACKENDS:
-        raise ValueError(f"backend is {name!r}; expected 'auto' or one of {sorted(_BACKENDS)}")
+    backend = named(name)
     if refusals[name] is not None:
         raise BackendUnavailableError(
             f"backend {name!r} cannot run {dtype} on {device} in blocks of {block_size}: {refusals[name]}; "
             f"use backend='auto' or one of {able}"
         )
-    return _BACKENDS[name]
+    return backend

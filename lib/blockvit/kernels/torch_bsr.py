@@ -6,6 +6,7 @@ On an NVIDIA GPU PyTorch runs Triton kernels (``torch.sparse._triton_ops``), on 
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,46 @@ from ..bsr import BSRMatrix, dense_from_bsr
 from .registry import ACTIVATIONS, Backend, register
 
 
-def _bsr_tensor(crow: Tensor, col: Tensor, values: Tensor, rows: int, cols: int) -> Tensor:
-    with warnings.catch_warnings():  # "Sparse BSR tensor support is in beta state": said once by the README instead
-        warnings.filterwarnings("ignore", message="Sparse BSR tensor support")
-        return torch.sparse_bsr_tensor(crow, col, values, size=(rows, cols), check_invariants=False)
+def triton_limits(kernels: str, dtype: torch.dtype, block_size: int) -> str | None:
+    """What PyTorch's Triton BSR kernels, and the others written like them, cannot run; None if they can."""
+    if block_size < 16 or block_size & (block_size - 1):
+        return f"{kernels} need a block size that is a power of two and at least 16"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{kernels} take float32, float16 and bfloat16 only"
+    return None
+
+
+def pad_tokens(x: Tensor, multiple: int) -> Tensor:
+    """``x`` ``(tokens, features)`` with rows of zeros behind it up to a ``multiple`` of tokens; itself if it is one."""
+    missing = -x.shape[0] % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+@cache
+def _hear_warnings() -> None:
+    # "Sparse BSR tensor support is in beta state" is said once by the README instead, and that the indices are not
+    # checked is meant. PyTorch says either once in a process, so it is heard here, not in every call.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_bsr_tensor([0, 0], [], torch.empty(0, 1, 1), size=(1, 1), check_invariants=False)
+
+
+def bsr_tensor(crow: Tensor, col: Tensor, values: Tensor, rows: int, cols: int) -> Tensor:
+    """The BSR tensor ``(rows, cols)`` of its parts; copies nothing and checks nothing."""
+    _hear_warnings()
+    return torch.sparse_bsr_tensor(crow, col, values, size=(rows, cols), check_invariants=False)
 
 
 # A sparse tensor cannot pass through torch.compile or torch.export; its three parts can. So the operator takes the
 # parts and puts the BSR tensor together inside, which copies nothing.
 @torch.library.custom_op("blockvit::torch_bsr_linear", mutates_args=())
 def _linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-    return F.linear(x, _bsr_tensor(crow, col, values, rows, x.shape[1]), bias)
+    weight = bsr_tensor(crow, col, values, rows, x.shape[1])
+    if x.is_cuda:
+        # The Triton kernel cuts the tokens into tiles as long as a block and sees the activations as whole tiles with
+        # `.view`, which fails for any other number of tokens (torch.sparse._triton_ops.tile_to_blocksize).
+        return F.linear(pad_tokens(x, values.shape[1]), weight, bias)[: x.shape[0]]
+    return F.linear(x, weight, bias)
 
 
 @_linear.register_fake
@@ -68,11 +98,7 @@ class TorchBSR(Backend):
                 return "PyTorch's BSR product on CPU takes float32 and float64 only"
             return None
         if device.type == "cuda":
-            if block_size < 16 or block_size & (block_size - 1):
-                return "PyTorch's Triton BSR kernels need a block size that is a power of two and at least 16"
-            if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                return "PyTorch's Triton BSR kernels take float32, float16 and bfloat16 only"
-            return None
+            return triton_limits("PyTorch's Triton BSR kernels", dtype, block_size)
         return "PyTorch has BSR products for cpu and cuda only"
 
     @classmethod

@@ -1,0 +1,190 @@
+"""Tuned kernel parameters: one JSON file a GPU, for every backend that has parameters to tune.
+
+``<folder>/<gpu>.json``, where the folder is ``tuned/`` beside this file or ``$BLOCKVIT_TUNED`` (an installation that
+cannot be written, a test). A file is made to be read and committed: sorted, one entry a line.
+
+    {"device": "NVIDIA H100 80GB HBM3",
+     "backends": {"torch_tuned": [{"key": {"block_size": 64, "dtype": "bfloat16", ...},
+                                   "parameters": {"num_warps": 4, ...}, "ms": 0.41, "default_ms": 0.63,
+                                   "seconds": 48.0, "torch": "2.11.0", "triton": "3.6.0", "date": "..."}]}}
+
+What a key and its parameters hold is the backend's own business; which entry fits a call, too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+
+class Entry(TypedDict):
+    """One tuned case of a backend."""
+
+    key: dict[str, Any]
+    """What was tuned for: sizes, block size, dtype, sparsity; scalars only."""
+    parameters: dict[str, int]
+    """What the kernel is launched with."""
+    ms: float
+    """Median milliseconds with these parameters."""
+    default_ms: float | None
+    """Median milliseconds with the kernel's own defaults, measured beside it; None where it has none."""
+    seconds: float
+    """What the tuning took."""
+    torch: str
+    triton: str
+    date: str
+
+
+class TuningFileError(ValueError):
+    """A file of tuned parameters that cannot be read as one."""
+
+
+_stored = 0
+
+
+def stored() -> int:
+    """How often this process has stored an entry: part of the cache key of whoever remembers what it looked up."""
+    return _stored
+
+
+def folder() -> Path:
+    """Where the files lie: ``$BLOCKVIT_TUNED``, or ``tuned/`` in this package."""
+    return Path(os.environ.get("BLOCKVIT_TUNED") or Path(__file__).parent / "tuned")
+
+
+def path(device_name: str) -> Path:
+    """The file of a GPU, which need not exist."""
+    from ..results import slug  # not at the top: it brings pandas, which importing blockvit should not wait for
+
+    return folder() / f"{slug(device_name)}.json"
+
+
+def device_name(device: torch.device) -> str:
+    """The name that a device's entries are kept under: the GPU's, or ``"cpu"``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def load(device_name: str) -> dict[str, list[Entry]]:
+    """Every backend's entries for a GPU, empty if nothing was tuned on one; not to be changed.
+
+    Raises:
+        TuningFileError: there is a file, but not with such content.
+    """
+    file = path(device_name)
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return {}
+    return _read(file, status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+@lru_cache(maxsize=16)
+def _read(file: Path, *version: int) -> dict[str, list[Entry]]:
+    try:
+        backends = json.loads(file.read_text(encoding="utf-8"))["backends"]
+        for entries in backends.values():
+            for entry in entries:
+                _check(entry)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TuningFileError(
+            f"{file} holds no tuned parameters ({type(error).__name__}: {error}); expected JSON with 'backends', each "
+            "a list of entries with 'key' and 'parameters'. Remove it, or restore it from git, and tune again"
+        ) from error
+    return backends
+
+
+def _check(entry: Any) -> None:
+    for part in ("key", "parameters"):
+        if not isinstance(entry[part], dict):
+            raise TypeError(f"{part!r} is {entry[part]!r}, not an object")
+
+
+def find(device_name: str, backend: str, key: Mapping[str, Any]) -> Entry | None:
+    """The entry with exactly this key."""
+    return next((entry for entry in load(device_name).get(backend, []) if entry["key"] == dict(key)), None)
+
+
+def store(
+    device_name: str,
+    backend: str,
+    key: Mapping[str, Any],
+    parameters: Mapping[str, int],
+    *,
+    ms: float,
+    default_ms: float | None = None,
+    seconds: float,
+) -> Entry:
+    """Write an entry, in place of the one with the same key, and return it.
+
+    The file is replaced as a whole, under a lock on its folder: a reader sees the old or the new one, and processes
+    that store at the same time lose nothing of each other's.
+
+    Raises:
+        TuningFileError: the file that is there is damaged; it is left as it is.
+        OSError: the folder cannot be written; the message names ``$BLOCKVIT_TUNED``.
+    """
+    global _stored
+    from ..results import versions
+
+    entry: Entry = {
+        "key": dict(key),
+        "parameters": dict(parameters),
+        "ms": round(ms, 5),
+        "default_ms": None if default_ms is None else round(default_ms, 5),
+        "seconds": round(seconds, 1),
+        **versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    file = path(device_name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            backends = dict(load(device_name))
+            others = [other for other in backends.get(backend, []) if other["key"] != entry["key"]]
+            backends[backend] = [*others, entry]
+            _replace(file, _text(device_name, backends))
+        finally:
+            os.close(lock)  # which releases the lock
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; set $BLOCKVIT_TUNED to a folder that can be written", str(file)
+        ) from error
+    _stored += 1
+    return entry
+
+
+def _text(device_name: str, backends: Mapping[str, list[Entry]]) -> str:
+    """The file's content: JSON with a line for each entry, in the order of backends and keys."""
+    blocks = []
+    for backend in sorted(backends):
+        entries = sorted(
+            backends[backend], key=lambda entry: sorted((k, str(v).zfill(9)) for k, v in entry["key"].items())
+        )
+        lines = ",\n".join(
+            "      " + json.dumps({**entry, "key": dict(sorted(entry["key"].items()))}) for entry in entries
+        )
+        blocks.append(f"    {json.dumps(backend)}: [\n{lines}\n    ]")
+    return f'{{\n  "device": {json.dumps(device_name)},\n  "backends": {{\n' + ",\n".join(blocks) + "\n  }\n}\n"
+
+
+def _replace(file: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.chmod(temporary, 0o644)  # noqa: PTH101  (mkstemp's 0600 would hide the file from other users)
+        os.replace(temporary, file)  # noqa: PTH105
+    except BaseException:
+        os.unlink(temporary)  # noqa: PTH108
+        raise

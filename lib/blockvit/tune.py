@@ -1,0 +1,322 @@
+"""Finding launch parameters for this machine's GPU: ``python -m blockvit.tune``.
+
+PyTorch's BSR kernel knows good parameters for a few shapes on an A100 only. Its own search for them,
+``torch.sparse._triton_ops_meta.tune_bsr_dense_addmm``, is run here, one case after the other within a time limit, and
+what it finds is stored at once (``kernels.tuning``), where the backend ``torch_tuned`` reads it.
+
+    python -m blockvit.tune                                          # ViT-B/16's layers, five minutes
+    python -m blockvit.tune --block-sizes 64 --dtypes bfloat16 --tokens 197 --seconds 60
+
+Exit codes: 0 done, as far as the time allowed; 1 no parameters work for a case; 2 wrong arguments; 3 no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bsr import BSRMatrix
+from .fold import random_block_mask_
+from .kernels import torch_tuned, tuning
+from .kernels.torch_bsr import bsr_tensor, pad_tokens
+from .supermask import num_kept
+
+WARMUP_MS, REP_MS = 25, 50
+"""How long one set of parameters is warmed up and timed during the search, in milliseconds; PyTorch has 500 and 100."""
+
+SHAPES = ((3072, 768), (768, 3072), (768, 768), (2304, 768))
+"""``(out, in)`` of ViT-B/16: the MLP first, which has most of the work, then out_proj and qkv."""
+
+TOKENS = 256 * 197
+"""A batch of 256 images, as in the published end-to-end measurement."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product to tune for: a weight of a shape, block size, dtype and sparsity, and a number of tokens."""
+
+    out_features: int
+    in_features: int
+    tokens: int
+    block_size: int
+    dtype: torch.dtype
+    sparsity: float
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.out_features}x{self.in_features}, {self.tokens} tokens, blocks of {self.block_size}, {dtype}, "
+            f"sparsity {self.sparsity:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: launch parameters, and the median milliseconds with them and with the defaults.
+
+    ``default_ms`` is None if the kernel does not run with its defaults.
+    """
+
+    parameters: dict[str, int]
+    ms: float
+    default_ms: float | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A case that was searched, and how long that took. ``found`` is None if no parameters work."""
+
+    case: Case
+    found: Found | None
+    seconds: float
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"{self.case}: no parameters work, {self.seconds:.0f} s"
+        ms, default_ms = self.found.ms, self.found.default_ms
+        if default_ms is None:
+            gain = "where the defaults do not run"
+        else:
+            gain = f"{default_ms / ms:.2f}x over the defaults' {default_ms:.3f} ms"
+        return f"{self.case}: {ms:.3f} ms, {gain}, found in {self.seconds:.0f} s"
+
+
+def make_cases(
+    shapes: Iterable[tuple[int, int]] = SHAPES,
+    *,
+    block_sizes: Iterable[int] = (64, 32, 16),
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
+    tokens: Iterable[int] = (TOKENS,),
+    sparsities: Iterable[float] = (0.9,),
+) -> list[Case]:
+    """All combinations, most important first, for when the time does not suffice for all.
+
+    Every block size and dtype is done for the first shape before the next shape begins: what a shape lacks is taken
+    from the nearest, but a block size or dtype that has nothing cannot run. Within a shape the biggest blocks come
+    first, which gain most, and dtypes alternate.
+    """
+    dtypes, sizes = list(dtypes), sorted(set(block_sizes), reverse=True)
+    return [
+        Case(rows, cols, count, size, dtype, sparsity)
+        for rows, cols in shapes
+        for count in tokens
+        for sparsity in sparsities
+        for size in sizes
+        for dtype in dtypes
+    ]
+
+
+def tune_torch_bsr(
+    cases: Iterable[Case],
+    device: torch.device | str = "cuda",
+    *,
+    seconds: float | None = None,
+    force: bool = False,
+    report: Callable[[Tuned], None] = lambda tuned: None,
+    search: Callable[[Case, torch.device], Found | None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Tuned]:
+    """Search parameters of PyTorch's BSR kernel for ``cases`` in turn, and store each as soon as it is found.
+
+    Args:
+        cases: most important first.
+        device: whose parameters.
+        seconds: begin no further case when so much time has passed; None: do all. The last case may run over it.
+        force: search again what has been stored before, instead of leaving it out.
+        report: called with each case as soon as it is done.
+        search: what finds them, or None if no parameters work; `search_torch_bsr`, except in tests.
+        clock: seconds.
+
+    Returns:
+        What was searched in this call, with the seconds that each case took.
+    """
+    device, search = torch.device(device), search or search_torch_bsr
+    name, start, done = tuning.device_name(device), clock(), []
+    for case in cases:
+        key = case_key(case)
+        if not force and tuning.find(name, torch_tuned.NAME, key):
+            continue
+        began = clock()
+        if seconds is not None and began - start >= seconds:
+            break
+        found = search(case, device)
+        tuned = Tuned(case, found, clock() - began)
+        if found is not None:
+            tuning.store(
+                name,
+                torch_tuned.NAME,
+                key,
+                found.parameters,
+                ms=found.ms,
+                default_ms=found.default_ms,
+                seconds=tuned.seconds,
+            )
+        done.append(tuned)
+        report(tuned)
+    return done
+
+
+def case_key(case: Case) -> dict[str, Any]:
+    """The key that a case is stored under."""
+    b = case.block_size
+    block_rows, block_cols = -(-case.out_features // b), -(-case.in_features // b)
+    nnz = num_kept(block_rows * block_cols, case.sparsity)  # as many as `random_block_mask_` leaves
+    return torch_tuned.tuning_key(block_rows * b, block_cols * b, case.tokens, b, case.dtype, nnz)
+
+
+def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
+    """PyTorch's own search for a case: the best parameters with their time, or None if none work."""
+    import triton
+    from torch.sparse._triton_ops import bsr_dense_addmm_meta
+    from torch.sparse._triton_ops_meta import tune_bsr_dense_addmm
+
+    x, matrix, bias = make_operands(case, device)
+    x = pad_tokens(x, case.block_size)
+    rows, cols = matrix.padded_shape
+    weight = bsr_tensor(matrix.crow_indices, matrix.col_indices, matrix.values, rows, cols)
+    y = x.new_empty(x.shape[0], rows)
+    with short_benchmarks():
+        # The same views as in `torch_tuned.launch`; `force`, because it returns PyTorch's own A100 parameters at once.
+        found = tune_bsr_dense_addmm(
+            bias.unsqueeze(1).expand(-1, x.shape[0]), weight, x.t(), beta=1, alpha=1, out=y.t(), store=False, force=True
+        )
+    default = bsr_dense_addmm_meta(
+        rows,
+        cols,
+        x.shape[0],
+        case.block_size,
+        case.block_size,
+        1,
+        1,
+        sparsity=round(matrix.sparsity, 2),
+        dtype=x.dtype,
+    )
+
+    def measured(meta: dict[str, int]) -> Found | None:
+        try:
+            ms = triton.testing.do_bench(lambda: torch_tuned.launch(x, weight, bias, meta), return_mode="median")
+        except triton.OutOfResources:  # big float32 blocks, or more stages than fit into shared memory
+            return None
+        return Found({name: int(value) for name, value in meta.items()}, ms, None)
+
+    best, plain = measured(found) if found else None, measured(default)
+    if best is None or (plain is not None and plain.ms < best.ms):
+        best = plain  # the search's short timings are noisy: what it found is kept only where it is no slower
+    return None if best is None else Found(best.parameters, best.ms, plain.ms if plain is not None else None)
+
+
+def make_operands(case: Case, device: torch.device) -> tuple[Tensor, BSRMatrix, Tensor]:
+    """Activations ``(tokens, padded in)``, a weight with that many random blocks, and a bias ``(padded out,)``."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(case.out_features, case.in_features, generator=generator)
+    random_block_mask_(dense, case.sparsity, case.block_size, generator)
+    matrix = BSRMatrix.from_dense(dense.to(device, case.dtype), case.block_size)
+    rows, cols = matrix.padded_shape
+    x = torch.randn(case.tokens, cols, device=device, dtype=case.dtype)
+    return x, matrix, torch.randn(rows, device=device, dtype=case.dtype)
+
+
+@contextmanager
+def short_benchmarks(warmup: int = WARMUP_MS, rep: int = REP_MS) -> Iterator[None]:
+    """Let ``triton.testing.do_bench`` warm up and repeat for so many milliseconds, whatever its caller asks for.
+
+    PyTorch's search asks for 500 and 100, hard-coded, for each of a hundred or more sets of parameters: minutes a case,
+    most of it warm-up of a GPU that is warm. There is no other way to shorten it, and nothing else may run meanwhile.
+    """
+    import triton.testing
+
+    original = triton.testing.do_bench
+
+    def do_bench(fn: Callable[[], Any], **options: Any) -> Any:
+        return original(fn, **{**options, "warmup": warmup, "rep": rep})
+
+    triton.testing.do_bench = do_bench
+    try:
+        yield
+    finally:
+        triton.testing.do_bench = original
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: no NVIDIA GPU: torch.cuda.is_available() is False, and kernels are tuned on one", file=sys.stderr)
+        return 3
+    cases = make_cases(
+        options.shapes,
+        block_sizes=options.block_sizes,
+        dtypes=[DTYPES[name] for name in options.dtypes],
+        tokens=options.tokens,
+        sparsities=options.sparsity,
+    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(f"tuning {options.backend} on {tuning.device_name(device)}: {len(cases)} cases, {options.seconds:g} s")
+    done = tune_torch_bsr(
+        cases, device, seconds=options.seconds, force=options.force, report=lambda tuned: print(tuned, flush=True)
+    )
+    print(f"{len(done)} of {len(cases)} cases searched; parameters are in {tuning.path(tuning.device_name(device))}")
+    return 1 if any(tuned.found is None for tuned in done) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m blockvit.tune", description="Find launch parameters of the block-sparse kernels for this GPU."
+    )
+    parser.add_argument("--backend", default=torch_tuned.NAME, choices=[torch_tuned.NAME], help="default: %(default)s")
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTxIN", help="default: ViT-B/16's, e.g. 3072x768"
+    )
+    parser.add_argument("--block-sizes", nargs="+", type=_block_size, default=[64, 32, 16], metavar="N")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--tokens", nargs="+", type=_positive, default=[TOKENS], metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--sparsity", nargs="+", type=_fraction, default=[0.9], metavar="S", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="begin no further case after this time (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="search again what is in the file already")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, cols = text.partition("x")
+    try:
+        return _positive(rows), _positive(cols)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected OUTxIN, e.g. 3072x768") from None
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; expected at least 1")
+    return number
+
+
+def _block_size(text: str) -> int:
+    if (number := int(text)) < 16 or number & (number - 1):
+        raise argparse.ArgumentTypeError(f"{text} is no block size of these kernels; expected 16, 32, 64 or 128")
+    return number
+
+
+def _fraction(text: str) -> float:
+    if not 0 <= (number := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no sparsity; expected at least 0 and below 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
