@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,18 +15,16 @@ import torch
 
 from blockvit import bench, results
 from blockvit.bench import (
-    Clock,
-    CudaClock,
     Effort,
-    Timing,
     check_close,
-    clock_for,
     interleave,
     peak_memory,
     precision_class,
     sweep,
     timing_row,
 )
+from blockvit.clocks import Clock, Timing
+from blockvit.kernels import backends
 from blockvit.results import Store
 from blockvit.workloads import CeilingCase, ConversionCase, LinearCase, ModelCase
 
@@ -177,77 +176,7 @@ def test_the_real_clock_counts_all_repeats():
     assert 0.01 <= taken < 1
 
 
-# --- CUDA ------------------------------------------------------------------------------------------------------------
-
-
-class FakeCuda:
-    """Stands in for ``torch.cuda``: a stream whose time is a script's, and a log of what was asked of it."""
-
-    def __init__(self):
-        self.log, self.ms = [], 0.0
-
-    def event(self, enable_timing=False):
-        assert enable_timing, "an event without timing has no elapsed time"
-        return FakeEvent(self)
-
-    def synchronize(self, device=None):
-        self.log.append("synchronize")
-
-
-class FakeEvent:
-    def __init__(self, cuda):
-        self.cuda, self.at = cuda, None
-
-    def record(self):
-        self.cuda.log.append("record")
-        self.at = self.cuda.ms
-
-    def elapsed_time(self, end):
-        assert self.cuda.log[-1] == "synchronize", "read before the device was done"
-        return end.at - self.at
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setattr(torch.cuda, "Event", fake.event)
-    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
-    return fake
-
-
-def test_cuda_clock_takes_the_time_between_events_and_waits_before_and_after(cuda):
-    def kernel():
-        cuda.log.append("kernel")
-        cuda.ms += 250.0
-
-    assert CudaClock(torch.device("cuda")).seconds(kernel, 4) == 1.0
-    assert cuda.log == ["synchronize", "record", *["kernel"] * 4, "record", "synchronize"]
-
-
-def test_interleave_on_cuda_events(cuda):
-    def kernel(ms):
-        cuda.ms += ms
-
-    calls = {"fast": lambda: kernel(2.0), "slow": lambda: kernel(6.0)}
-    timings = interleave(calls, clock=clock_for("cuda:0"), effort=SHORT)
-    assert timings["fast"].median == pytest.approx(2e-3)
-    assert timings["slow"].median == pytest.approx(6e-3)
-
-
-def test_clock_for():
-    assert type(clock_for("cpu")) is Clock
-    clock = clock_for("cuda:1")
-    assert type(clock) is CudaClock and clock.device == torch.device("cuda:1")
-
-
-@pytest.mark.gpu
-def test_cuda_clock_on_a_gpu():
-    a = torch.randn(4096, 4096, device="cuda")
-    clock = clock_for("cuda")
-    clock.seconds(lambda: a @ a, 2)
-    once, many = clock.seconds(lambda: a @ a, 10), clock.seconds(lambda: a @ a, 100)
-    assert many / once == pytest.approx(10, rel=0.5)
-    assert 2 * 4096**3 * 10 / once < 1e15, "faster than any GPU: the clock did not wait"
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -525,18 +454,55 @@ def test_another_case_is_not_taken_for_measured(store, field):
     assert sweep([changed], store, "linear", effort=SHORT).measured == 1
 
 
-@pytest.mark.parametrize("case", [LinearCase((48, 32), 5, 16, 0.5), REAL[2]], ids=["linear", "model"])
-def test_a_wrong_backend_raises_and_nothing_is_written(store, monkeypatch, case):
-    from blockvit.kernels import backends
+def wrong(*arguments):
+    return RIGHT(*arguments) * 1.01
 
-    gather = backends()["gather"]
-    right = gather.linear
-    monkeypatch.setattr(gather, "linear", staticmethod(lambda *arguments: right(*arguments) * 1.01))
-    with pytest.raises(ArithmeticError, match=r"backend 'gather' on .* differs from the dense result"):
-        sweep([case], store, "linear", effort=SHORT)
-    assert store.read("linear").empty
+
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB\nsecond line")
+
+
+RIGHT = backends()["gather"].linear
+
+
+@pytest.mark.parametrize("case", [LinearCase((48, 32), 5, 16, 0.5), REAL[2]], ids=["linear", "model"])
+@pytest.mark.parametrize(
+    ("linear", "reason"),
+    [
+        (wrong, r"ArithmeticError: backend 'gather' differs from the dense result by"),
+        (out_of_memory, r"OutOfMemoryError: CUDA out of memory. Tried to allocate 3.00 GiB$"),
+    ],
+)
+def test_a_failing_backend_costs_its_own_row_only(store, monkeypatch, case, linear, reason):
+    monkeypatch.setattr(backends()["gather"], "linear", staticmethod(linear))
+    report = sweep([case], store, "linear", effort=SHORT)
+    (note,) = report.notes[-1:]
+    assert re.search(r"not measured: backend gather, .*: " + reason, note) and note in str(report)
+    rows = store.read("linear")
+    assert set(rows[rows["metric"] == "latency"]["backend"]) == {"dense"} | set(case.backends) - {"gather"}
+    failed = rows[rows["metric"] == bench.FAILED]
+    assert list(failed["backend"]) == ["gather"] and set(failed["group"]) == set(rows["group"])
+    assert results.speedups(rows)["backend"].isin(["torch"]).all()
     monkeypatch.undo()
-    assert sweep([case], store, "linear", effort=SHORT).measured == 1
+    assert sweep([case], store, "linear", effort=SHORT).kept == 1, "what failed is not tried again ..."
+    assert sweep([case], store, "linear", effort=SHORT, remeasure=True).measured == 1, "... unless asked to"
+
+
+def test_a_failing_baseline_is_an_error(store, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        sweep([LinearCase((48, 32), 5, 16, 0.5)], store, "linear", effort=SHORT)
+    assert store.read("linear").empty
+
+
+def test_a_gpu_that_others_use_is_told(monkeypatch):
+    gib = 1 << 30
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (69 * gib, 80 * gib))
+    assert bench.gpu_note(torch.device("cuda")) == [] == bench.gpu_note(CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * gib, 80 * gib))
+    (note,) = bench.gpu_note(torch.device("cuda"))
+    assert note == "other processes hold 30 GiB of the GPU: ratios may be off"
 
 
 def test_speedups_of_a_real_sweep(store):

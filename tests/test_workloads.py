@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from blockvit import models, workloads
+from blockvit import models, tune, workloads
 from blockvit.attention import expose_projections
-from blockvit.bench import Effort
+from blockvit.bench import Effort, sweep
 from blockvit.fold import random_block_mask_
-from blockvit.results import COLUMNS, KEYS
+from blockvit.results import COLUMNS, KEYS, Store
 from blockvit.supermask import num_kept
 from blockvit.targets import matching
 from blockvit.workloads import (
@@ -21,6 +21,7 @@ from blockvit.workloads import (
     refusals,
     runnable,
     sparse_share,
+    tuning_cases,
 )
 
 CPU = torch.device("cpu")
@@ -62,13 +63,16 @@ def test_a_backend_that_cannot_run_is_left_out_and_named(monkeypatch):
     assert [key["backend"] for key in case.keys(CPU)] == ["gather"]
     assert set(by_backend(case.measure(CPU, SHORT))) == {("dense", "eager"), ("gather", "eager")}
     (line,) = refusals(["gather", "torch"], "cpu", ["fp32"], [16])
-    assert line.startswith("not measured: backend 'torch' cannot run") and "it is Tuesday" in line
+    assert line == "not measured: torch in fp32, blocks of 16: it is Tuesday"
 
 
 def test_refusals_name_each_reason_once(monkeypatch):
     assert refusals(["gather"], "cpu", ["fp32", "bf16"], [16, 32]) == []
     unavailable(monkeypatch, "torch")
-    assert len(refusals(["torch", "torch"], "cpu", ["fp32", "bf16"], [16, 32])) == 4
+    (line,) = refusals(["torch", "torch"], "cpu", ["fp32", "bf16"], [16, 32])
+    assert line == "not measured: torch in fp32, bf16, blocks of 16, 32: it is Tuesday"
+    (line,) = refusals(["2:4"], "cpu", ["fp32"], [16])
+    assert line.startswith("not measured: 2:4 in fp32") and "needs an NVIDIA GPU" in line
 
 
 def test_where_no_backend_can_run_there_is_nothing_to_measure(monkeypatch):
@@ -119,7 +123,8 @@ def test_linear_case_computes_what_it_says(monkeypatch):
     )
     LinearCase((64, 48), 7, 16, 0.75).measure(CPU, SHORT)
     assert {tuple(y.shape) for y in seen.values()} == {(7, 64)}
-    assert float((seen["gather"] - seen["dense"]).abs().max()) < 1e-5
+    dense, *sparse = seen.values()
+    assert len(sparse) == 2 and all(float((y - dense).abs().max()) < 1e-5 for y in sparse)
     assert kept_blocks(masked[0].detach(), 16) == num_kept(12, 0.75)
 
 
@@ -129,7 +134,9 @@ def test_linear_cases_are_the_full_grid():
     assert all(case.backends == ("gather",) and case.shape in {(8, 4), (4, 8)} for case in cases)
     first = cases[:2]
     assert {case.block_size for case in first} == {2, 4} and len({case.shape for case in first}) == 1
-    assert {(case.precision, case.tokens) for case in cases[:8]} == {("fp32", 5)}
+    assert {(case.sparsity, case.tokens) for case in cases[:8]} == {(0.5, 5)}
+    assert len({(case.shape, case.precision) for case in cases[:8]}) == 4, "all layers at the first sparsity"
+    assert [case.semi_structured for case in cases].count(True) == 2 * 2 * 2, "once a shape, precision and tokens"
 
 
 @pytest.mark.parametrize(("shape", "block_size"), [((64, 64), 16), ((50, 70), 16), ((10, 128), 32), ((5, 5), 8)])
@@ -178,10 +185,16 @@ def test_model_case_without_memory_has_latencies_only():
     assert {key["metric"] for key in case.keys(CPU)} == {"latency"}
 
 
-def test_compiled_dense_variants_are_in_the_same_group(monkeypatch):
-    monkeypatch.setattr(workloads, "_compiled", lambda name, device, dtype, mode: _dense(name, device, dtype))
-    rows = ModelCase("vit_digits", "mlp", 1, 16, 0.5, dense_compile=("compile",)).measure(CPU, SHORT)
-    assert set(by_backend(rows)) == {("dense", "eager"), ("dense", "compile"), ("gather", "eager")}
+def test_modes_are_in_the_same_group(monkeypatch):
+    monkeypatch.setattr(workloads, "_compiled", lambda model, device, mode: model)
+    workloads._compiled_dense.cache_clear()
+    case = ModelCase("vit_digits", "mlp", 1, 16, 0.5, dense_modes=("compile", "cudagraph"), sparse_modes=("compile",))
+    rows = case.measure(CPU, SHORT)
+    workloads._compiled_dense.cache_clear()
+    assert set(by_backend(rows)) == {
+        ("dense", "eager"), ("dense", "compile"), ("gather", "eager"), ("gather", "compile"),
+    }, "a CPU has no CUDA graphs"  # fmt: skip
+    assert {(key["backend"], key["compile"]) for key in case.keys(CPU)} == set(by_backend(rows)) - {("dense", "eager")}
 
 
 def _dense(name, device, dtype):
@@ -294,3 +307,67 @@ def test_cases_share_a_dense_model_without_harm():
 def test_keys_are_key_columns(case):
     for key in case.keys(CPU):
         assert set(key) <= set(KEYS)
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path / "tuned"))
+    searched = []
+
+    def search(case, device):
+        searched.append(case)
+        return None if case.block_size == 16 else tune.Found({"SPLIT_N": 1}, 1.0, 2.0)
+
+    monkeypatch.setattr(tune, "search_torch_bsr", search)
+    store = Store(tmp_path / "results")
+    cases = tuning_cases([[32, 64], [64, 64]], [32], [16, 32], 0.5, ["fp32", "tf32", "bf16"])
+    assert [(c.case.out_features, c.case.block_size) for c in cases] == [(64, 32)] * 2 + [(64, 16)] * 2 + [
+        (32, 32),
+        (32, 32),
+        (32, 16),
+        (32, 16),
+    ], "the largest layer first; two dtypes"
+    report = sweep(cases[:3], store, "tuning", effort=SHORT)
+    rows = store.read("tuning")
+    assert list(rows["metric"]) == ["tuning_seconds", "tuning_seconds", "failed"]
+    assert set(rows["backend"]) == {"torch_tuned"} and "no launch parameters work" in str(report)
+    again = sweep(cases[:3], store, "tuning", effort=SHORT)
+    assert again.measured == 0 and len(searched) == 3
+    assert cases[0].keys(CPU) == [] and cases[2].keys(CPU), "what was found is in the file, what failed in the table"
+
+
+# --- 2:4 -------------------------------------------------------------------------------------------------------------
+
+
+def test_two_of_four_joins_where_the_device_has_it(monkeypatch):
+    """With the products of a plain linear in place of the GPU's, the rows and the check are those of a GPU."""
+    monkeypatch.setattr(workloads.semi_structured, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(workloads.semi_structured, "to_semi_structured", lambda model, targets: model)
+    rows = LinearCase((32, 64), 5, 16, 0.75, semi_structured=True, backends=("gather",)).measure(CPU, SHORT)
+    row = by_backend(rows)["2:4", "eager"]
+    assert row["sparsity"] == 0.5 and "block_size" not in row
+    case = ModelCase("vit_digits", "mlp", 1, 16, 0.9, semi_structured=True, memory=True)
+    assert {"2:4", "gather", "dense"} == {backend for backend, _ in by_backend(case.measure(CPU, SHORT))}
+    wrong = lambda model, targets: [m.weight.data.mul_(1.1) for m in model.modules() if hasattr(m, "weight")] and model  # noqa: E731
+    monkeypatch.setattr(workloads.semi_structured, "to_semi_structured", wrong)
+    failed = [row for row in case.measure(CPU, SHORT) if row["metric"] == "failed"]
+    assert [row["backend"] for row in failed] == ["2:4"] and "differs from the dense result" in failed[0]["note"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_of_four_on_a_gpu(precision):
+    case = ModelCase("vit_cifar", "mlp", 8, 64, 0.9, precision, backends=("torch",), semi_structured=True)
+    found = by_backend(case.measure(torch.device("cuda"), SHORT))
+    assert ("2:4", "eager") in found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cudagraph", "compile", "max-autotune"])
+def test_modes_on_a_gpu(mode):
+    case = ModelCase("vit_digits", "mlp", 8, 32, 0.5, "fp32", ("torch",), dense_modes=(mode,), sparse_modes=(mode,))
+    rows = case.measure(torch.device("cuda"), SHORT)
+    assert [row for row in rows if row["metric"] == "failed"] == []
+    assert set(by_backend(rows)) == {(backend, m) for backend in ("dense", "torch") for m in ("eager", mode)}

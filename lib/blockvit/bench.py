@@ -11,7 +11,6 @@ import ctypes
 import gc
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from . import results
+from .clocks import Clock, Timing
+from .results import FAILED
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype that activations and weights have in each precision class."""
@@ -32,65 +32,11 @@ TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
 """Largest accepted error against the dense result, relative to the largest dense output, by precision class."""
 
 
+OTHERS_ON_GPU = 2 << 30
+"""Bytes of GPU memory beyond PyTorch's own pool from which on a sweep warns; a CUDA context alone takes half of it."""
+
 BUSY = 0.1
 """Share of the cores' time that other processes may take before a sweep warns."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call, from ``len(samples)`` samples."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The 50th percentile, in seconds."""
-        return statistics.median(self.samples)
-
-    @property
-    def low(self) -> float:
-        """The 20th percentile, in seconds."""
-        return float(np.quantile(self.samples, 0.2))
-
-    @property
-    def high(self) -> float:
-        """The 80th percentile, in seconds."""
-        return float(np.quantile(self.samples, 0.8))
-
-
-class Clock:
-    """Times calls on a CPU by the monotonic clock."""
-
-    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        """Seconds that ``repeats`` calls took in all."""
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return time.perf_counter() - start
-
-
-class CudaClock(Clock):
-    """Times calls on a GPU by events on the current stream; waits for the device before and after."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        """Seconds between an event before the first and one behind the last of ``repeats`` calls."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end) / 1e3
-
-
-def clock_for(device: torch.device | str) -> Clock:
-    """The clock that times work on ``device``."""
-    device = torch.device(device)
-    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 @dataclass(frozen=True)
@@ -224,7 +170,7 @@ class Case(Protocol):
         """The key columns of the rows that must be there for the case to count as measured."""
 
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
-        """Measure the group; rows without the columns of ``environment``."""
+        """Measure the group; rows without the columns of ``environment``, failures as ``failed_row`` gives them."""
 
 
 @dataclass
@@ -271,12 +217,12 @@ def sweep(
     device, effort = torch.device(device), effort or Effort()
     where = {"experiment": experiment, **environment(device)}
     done = results.Measured.none() if remeasure else store.measured(experiment, where["device"])
-    report = SweepReport(notes=[*notes, *busy_note()])
+    report = SweepReport(notes=[*notes, *busy_note(), *gpu_note(device)])
     start = time.perf_counter()
     pending = []
     for case in cases:
-        keys = case.keys(device)
-        if keys and all({**where, **key} in done for key in keys):
+        keys = [{**where, **key} for key in case.keys(device)]
+        if keys and all(key in done or {**key, "metric": FAILED} in done for key in keys):
             report.kept += 1
         elif keys:
             pending.append(case)
@@ -285,6 +231,7 @@ def sweep(
             break
         group = results.new_group()
         rows = case.measure(device, effort)
+        report.notes += [note for row in rows if (note := row.pop("note", None)) and note not in report.notes]
         store.append({**where, "group": group, **row} for row in rows)
         report.measured += 1
     report.left = len(pending) - report.measured
@@ -310,6 +257,22 @@ def busy_note(seconds: float = 0.3) -> list[str]:
         return []
     busy = 1 - idle / max(1, total)
     return [f"other processes held {busy:.0%} of the cores when measuring began: ratios may be off"] * (busy > BUSY)
+
+
+def gpu_note(device: torch.device) -> list[str]:
+    """A warning if other processes hold much of the GPU's memory: then they may compute on it, too."""
+    if device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return [f"other processes hold {others / 2**30:.0f} GiB of the GPU: ratios may be off"] * (others > OTHERS_ON_GPU)
+
+
+def failed_row(error: Exception, what: str, **key: Any) -> dict[str, Any]:
+    """The row of a variant that could not be measured, so that a rerun does not try it again; its note says why."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    note = f"not measured: {what}: {reason if len(reason) <= 300 else reason[:300] + ' …'}"
+    return {**key, "metric": FAILED, "value": 1, "repeats": 1, "note": note}
 
 
 def timing_row(timing: Timing, **key: Any) -> dict[str, Any]:

@@ -53,6 +53,9 @@ KEYS = [
 COLUMNS = [*KEYS, "value", "low", "high", "unit", "repeats", "run", "group", "git_sha", "date"]
 """``value`` is the median, ``low`` and ``high`` the 20th and 80th percentile of ``repeats`` measurements."""
 
+FAILED = "failed"
+"""The metric of what was tried and could not be measured: it raised, or was not close to the dense result."""
+
 NUMBERS = [
     "threads",
     "batch_size",
@@ -320,6 +323,33 @@ def published_losses() -> pd.DataFrame:
     sparse = imagenet[imagenet["block_size"].notna()]
     lost = sparse["source"].map(dense) - sparse["value"]
     return sparse.assign(lost=lost)[["source", "block_size", "sparsity", "lost"]].reset_index(drop=True)
+
+
+def published_speedups() -> pd.DataFrame:
+    """Published speedups over dense, those that follow from two published latencies included.
+
+    A latency's speedup is over the dense latency that the same source gives for the same device, model, dtype and batch
+    size; a latency without such a partner (int8) is left out. ``note`` says which are derived.
+
+    Returns:
+        ``source, device, model, precision, batch_size, scope, block_size, sparsity, value, note``; ``block_size`` is
+        NaN for 2:4 sparsity, whose ``scope`` is ``"2:4"``, and where the source does not give it.
+    """
+    reference = published()
+    stated = reference[reference["metric"] == "speedup"]
+    latency = reference[reference["metric"] == "latency"]
+    same = ["source", "device", "model", "dtype", "batch_size"]
+    dense = latency.loc[latency["scope"] == "dense", [*same, "value"]].rename(columns={"value": "dense"})
+    pairs = latency[latency["scope"] != "dense"].merge(dense, on=same)
+    notes = [
+        f"{note}; {dense:g} ms dense / {value:g} ms sparse"
+        for note, dense, value in zip(pairs["note"], pairs["dense"], pairs["value"], strict=True)
+    ]
+    derived = pairs.assign(value=pairs["dense"] / pairs["value"], note=notes)
+    rows = pd.concat([stated, derived], ignore_index=True)
+    rows = rows.assign(precision=rows["dtype"].map({"float32": "fp32", "bfloat16": "bf16"}))
+    what = ["source", "device", "model", "precision", "batch_size", "scope", "block_size", "sparsity"]
+    return rows[[*what, "value", "note"]]
 
 
 def repository() -> Path:

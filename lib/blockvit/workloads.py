@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import models
+from . import models, semi_structured, tune
 from .attention import expose_projections
-from .bench import DTYPES, Effort, Timing, check_close, clock_for, interleave, peak_memory, precision_class, timing_row
+from .bench import DTYPES, Effort, check_close, failed_row, interleave, peak_memory, precision_class, timing_row
 from .checkpoint import load, save
+from .clocks import Clock, Timing, clock_for, cuda_graph
 from .fold import model_bytes, random_block_mask_, to_block_sparse
-from .kernels import BackendUnavailableError, resolve
+from .kernels import BackendUnavailableError, named, resolve, torch_tuned, tuning
 from .linear import BlockSparseLinear
 from .supermask import BLOG_TARGETS
 from .targets import matching
@@ -60,21 +61,75 @@ def runnable(backends: Iterable[str], device: torch.device, precision: str, bloc
 
 
 def refusals(
-    backends: Iterable[str], device: torch.device | str, precisions: Iterable[str], block_sizes: Iterable[int]
+    names: Iterable[str], device: torch.device | str, precisions: Iterable[str], block_sizes: Iterable[int]
 ) -> list[str]:
-    """A line for each backend that cannot run some of these cells, saying why."""
-    reasons: dict[str, None] = {}
-    for name, precision, block_size in itertools.product(backends, precisions, block_sizes):
+    """A line for each reason why some of these cells cannot be measured, with the cells that it holds for."""
+    device = torch.device(device)
+    cells: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, precision, block_size in itertools.product(dict.fromkeys(names), precisions, block_sizes):
+        if name == semi_structured.BACKEND:
+            reason = semi_structured.refusal(device, DTYPES[precision])
+        else:
+            reason = named(name).refusal(device, DTYPES[precision], block_size)
+        if reason:
+            cells.setdefault((name, reason), []).append((precision, block_size))
+    return [
+        f"not measured: {name} in {', '.join(dict.fromkeys(p for p, _ in held))}, blocks of "
+        f"{', '.join(str(b) for b in dict.fromkeys(b for _, b in held))}: {reason}"
+        for (name, reason), held in cells.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case's result.
+
+    ``build`` makes it and gives the call to time; ``expected`` gives what the call must return, within the tolerance
+    of the precision class. The first variant of a group is the baseline, which has nothing to be compared with.
+    """
+
+    key: dict[str, Any]
+    build: Callable[[], Callable[[], Tensor]]
+    expected: Callable[[], Tensor] | None = None
+
+    def __str__(self) -> str:
+        told = ("backend", "model", "scope", "precision", "batch_size", "tokens", "block_size", "sparsity", "compile")
+        return ", ".join(f"{name} {self.key[name]}" for name in told if self.key.get(name) is not None)
+
+
+def measure_group(
+    variants: Sequence[Variant], precision: str, clock: Clock, effort: Effort
+) -> tuple[list[dict[str, Any]], dict[int, Callable[[], Tensor]]]:
+    """Build, check and time ``variants`` interleaved; gives their rows, and the calls by the variant's place.
+
+    A variant that raises or computes something else costs its own row only, which then says that it failed: kernels
+    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised.
+    """
+    calls: dict[int, Callable[[], Tensor]] = {}
+    failed = []
+    for place, variant in enumerate(variants):
         try:
-            resolve(name, torch.device(device), DTYPES[precision], block_size)
-        except BackendUnavailableError as error:
-            reasons[f"not measured: {error}"] = None
-    return list(reasons)
+            call = variant.build()
+            result = call()
+            if variant.expected is not None:
+                check_close(result, variant.expected(), precision, f"backend {variant.key['backend']!r}")
+            calls[place] = call
+        except Exception as error:
+            if place == 0:
+                raise
+            failed.append(failed_row(error, str(variant), **variant.key))
+    timings = interleave({str(place): call for place, call in calls.items()}, clock=clock, effort=effort)
+    return [timing_row(timings[str(place)], **variants[place].key) for place in calls] + failed, calls
 
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One linear layer of ``shape`` ``(out, in)`` on ``tokens`` rows, dense and block-sparse through each backend."""
+    """One linear layer of ``shape`` ``(out, in)`` on ``tokens`` rows, dense and block-sparse through each backend.
+
+    On a GPU the kernels alone are timed, their operands not in the cache (``clocks.ColdCudaClock``).
+
+    ``semi_structured`` adds the layer pruned to 2:4 where the device has products for that.
+    """
 
     shape: tuple[int, int]
     tokens: int
@@ -82,6 +137,7 @@ class LinearCase:
     sparsity: float
     precision: str = "fp32"
     backends: tuple[str, ...] = ("torch", "gather")
+    semi_structured: bool = False
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
@@ -100,41 +156,61 @@ class LinearCase:
     def _sparse_key(self, backend: str) -> dict[str, Any]:
         return self._key(backend=backend, block_size=self.block_size, sparsity=self.sparsity)
 
+    def _semi_structured_keys(self, device: torch.device) -> list[dict[str, Any]]:
+        if not self.semi_structured or semi_structured.refusal(device, DTYPES[self.precision], self.shape):
+            return []
+        return [self._key(backend=semi_structured.BACKEND, sparsity=0.5)]
+
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        return [self._sparse_key(b) for b in runnable(self.backends, device, self.precision, self.block_size)]
+        able = runnable(self.backends, device, self.precision, self.block_size)
+        return [self._sparse_key(backend) for backend in able] + self._semi_structured_keys(device)
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        generator = torch.Generator().manual_seed(self.seed)
         with precision_class(self.precision, device) as dtype:
-            linear = nn.Linear(self.shape[1], self.shape[0])
-            random_block_mask_(linear.weight, self.sparsity, self.block_size, generator)
-            linear = linear.to(device, dtype)
-            x = torch.randn(self.tokens, self.shape[1], generator=generator).to(device, dtype)
-            calls: dict[str, Callable[[], Tensor]] = {"dense": lambda: linear(x)}
-            expected = linear(x)
-            for name in runnable(self.backends, device, self.precision, self.block_size):
-                layer = BlockSparseLinear.from_dense(linear, self.block_size, backend=name)
-                check_close(layer(x), expected, self.precision, f"backend {name!r} on {self}")
-                calls[name] = lambda layer=layer: layer(x)
-            timings = interleave(calls, clock=clock_for(device), effort=effort)
-        keys = {name: self._key(backend="dense") if name == "dense" else self._sparse_key(name) for name in calls}
-        return [timing_row(timings[name], **keys[name]) for name in calls]
+            torch.manual_seed(self.seed)
+            linear = nn.Linear(self.shape[1], self.shape[0], device=device)
+            random_block_mask_(linear.weight, self.sparsity, self.block_size, torch.Generator().manual_seed(self.seed))
+            linear = linear.to(dtype)
+            x = torch.randn(self.tokens, self.shape[1], device=device).to(dtype)
+            pruned = copy.deepcopy(linear)
+            pruned.weight.data = semi_structured.prune_2_of_4(pruned.weight) if self.semi_structured else linear.weight
+
+            def through(layer: nn.Module) -> Callable[[], Tensor]:
+                return lambda: layer(x)
+
+            def block_sparse(name: str) -> Callable[[], Tensor]:
+                return through(BlockSparseLinear.from_dense(linear, self.block_size, backend=name))
+
+            def two_of_four() -> Callable[[], Tensor]:
+                return through(semi_structured.to_semi_structured(nn.Sequential(copy.deepcopy(pruned)), ("0",)))
+
+            variants = [Variant(self._key(backend="dense"), lambda: through(linear))]
+            variants += [
+                Variant(self._sparse_key(name), partial(block_sparse, name), through(linear))
+                for name in runnable(self.backends, device, self.precision, self.block_size)
+            ]
+            variants += [Variant(key, two_of_four, through(pruned)) for key in self._semi_structured_keys(device)]
+            return measure_group(variants, self.precision, clock_for(device, cold=True), effort)[0]
 
 
 def linear_cases(
     shapes: Iterable[Sequence[int]],
     tokens: Iterable[int],
-    block_sizes: Iterable[int],
-    sparsities: Iterable[float],
+    block_sizes: Sequence[int],
+    sparsities: Sequence[float],
     precisions: Iterable[str],
     backends: Sequence[str],
 ) -> list[LinearCase]:
-    """The full grid; ordered so that a sweep cut short has covered all block sizes of some shapes and token counts."""
-    grid = itertools.product(precisions, tokens, shapes, sparsities, block_sizes)
-    return [LinearCase(tuple(shape), t, b, s, p, tuple(backends)) for p, t, shape, s, b in grid]
+    """The full grid; ordered so that a sweep cut short has covered all layers at the first sparsities and token counts.
+
+    2:4 sparsity, which has neither block size nor another sparsity, joins the first case of each layer.
+    """
+    grid = itertools.product(tokens, sparsities, shapes, precisions, block_sizes)
+    first = (sparsities[0], block_sizes[0]) if sparsities and block_sizes else None
+    return [LinearCase(tuple(shape), t, b, s, p, tuple(backends), (s, b) == first) for t, s, shape, p, b in grid]
 
 
 @cache
@@ -146,21 +222,40 @@ def _dense_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return expose_projections(model).eval().to(device, dtype)
 
 
-@cache
-def _compiled(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> Callable[[Tensor], Tensor]:
-    """The dense model compiled for inference; ``mode`` is ``torch.compile``'s, or ``"compile"`` for its default."""
+CUDA_GRAPH = "cudagraph"
+"""The mode that records an eager model's kernels once and replays them: no launch from Python."""
+
+
+def _compiled(model: nn.Module, device: torch.device, mode: str) -> Callable[[Tensor], Tensor]:
+    """``model`` compiled for inference; ``mode`` is ``torch.compile``'s, or ``"compile"`` for its default."""
     # On machines without a GPU Inductor warns of that, once, in the middle of a notebook.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Each model and batch size is compiled for itself: past the limit, or with sizes made dynamic, PyTorch would fall
+    # back to slower code without an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    how: dict[str, Any] = {"dynamic": False, "fullgraph": True}
     if device.type == "cpu":  # freezing is what makes Inductor pack weights for the CPU; it goes with no mode
-        return torch.compile(_dense_model(name, device, dtype), options={"freezing": True})
-    return torch.compile(_dense_model(name, device, dtype), mode=None if mode == "compile" else mode)
+        return torch.compile(model, options={"freezing": True}, **how)
+    return torch.compile(model, mode=None if mode == "compile" else mode, **how)
+
+
+@cache
+def _compiled_dense(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> Callable[[Tensor], Tensor]:
+    return _compiled(_dense_model(name, device, dtype), device, mode)
+
+
+def runnable_modes(modes: Iterable[str], device: torch.device) -> list[str]:
+    """``"eager"`` and those of ``modes`` that the device has: CUDA graphs are for GPUs."""
+    return ["eager", *(mode for mode in modes if mode != CUDA_GRAPH or device.type == "cuda")]
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One ViT on a batch of images: dense, dense compiled, and its ``scope`` block-sparse through each backend.
+    """One ViT on a batch of images: dense, and its ``scope`` block-sparse through each backend.
 
-    The masks are random blocks: the speed depends on how many blocks stay, and hardly on which.
+    Each is run eagerly and in the given modes besides: ``"compile"``, a mode of ``torch.compile``, ``"cudagraph"``.
+    The masks are random blocks: the speed depends on how many blocks stay, and hardly on which. ``semi_structured``
+    adds the scope pruned to 2:4.
     """
 
     model: str
@@ -170,7 +265,9 @@ class ModelCase:
     sparsity: float
     precision: str = "fp32"
     backends: tuple[str, ...] = ("gather",)
-    dense_compile: tuple[str, ...] = ()
+    dense_modes: tuple[str, ...] = ()
+    sparse_modes: tuple[str, ...] = ()
+    semi_structured: bool = False
     memory: bool = False
     seed: int = 0
 
@@ -187,71 +284,136 @@ class ModelCase:
             **variant,
         }
 
-    def _sparse_key(self, backend: str) -> dict[str, Any]:
-        sparse = {"scope": self.scope, "block_size": self.block_size, "sparsity": self.sparsity}
-        return self._key(backend=backend, **sparse)
+    def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
+        return [self._key(backend="dense", compile=mode) for mode in runnable_modes(self.dense_modes, device)]
+
+    def _sparse_keys(self, device: torch.device) -> list[dict[str, Any]]:
+        able = runnable(self.backends, device, self.precision, self.block_size)
+        of_backend = {name: {"block_size": self.block_size, "sparsity": self.sparsity} for name in able}
+        if self.semi_structured and not semi_structured.refusal(device, DTYPES[self.precision]):
+            of_backend[semi_structured.BACKEND] = {"sparsity": 0.5}
+        return [
+            self._key(backend=name, scope=self.scope, compile=mode, **sparse)
+            for name, sparse in of_backend.items()
+            for mode in runnable_modes(self.sparse_modes, device)
+        ]
 
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        able = runnable(self.backends, device, self.precision, self.block_size)
-        sparse = [self._sparse_key(backend) for backend in able]
-        dense = [self._key(backend="dense", compile=mode) for mode in self.dense_compile]
-        return sparse + dense + [{**key, "metric": "model_bytes"} for key in sparse if self.memory]
+        sparse = self._sparse_keys(device)
+        if not sparse:
+            return []
+        held = [{**key, "metric": "model_bytes"} for key in sparse if self.memory and key["compile"] == "eager"]
+        return sparse + self._dense_keys(device)[1:] + held
 
     def sparse_model(self, device: torch.device) -> nn.Module:
         """The dense model with random blocks of its scope set to zero: dense still, to be converted."""
-        model = copy.deepcopy(_dense_model(self.model, device, DTYPES[self.precision]))
         generator = torch.Generator().manual_seed(self.seed)
-        for layer in matching(model, SCOPES[self.scope], types=(nn.Linear,)).values():
+        model = self._copy(device)
+        for layer in self._layers(model):
             random_block_mask_(layer.weight.data, self.sparsity, self.block_size, generator)
         return model
+
+    def pruned_model(self, device: torch.device) -> nn.Module:
+        """The dense model with its scope pruned to 2:4: dense still, to be converted."""
+        model = self._copy(device)
+        for layer in self._layers(model):
+            layer.weight.data = semi_structured.prune_2_of_4(layer.weight.data)
+        return model
+
+    def _copy(self, device: torch.device) -> nn.Module:
+        return copy.deepcopy(_dense_model(self.model, device, DTYPES[self.precision]))
+
+    def _layers(self, model: nn.Module) -> list[nn.Linear]:
+        return list(matching(model, SCOPES[self.scope], types=(nn.Linear,)).values())
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        with precision_class(self.precision, device) as dtype:
-            dense = _dense_model(self.model, device, dtype)
-            size = dense.image_size
-            x = torch.randn(self.batch_size, 3, size, size, generator=torch.Generator().manual_seed(self.seed))
-            x = x.to(device, dtype)
-            calls: dict[str, Callable[[], Tensor]] = {"dense": lambda: dense(x)}
-            keys = {"dense": self._key(backend="dense")}
-            weights = {"dense": dense}
-            for mode in self.dense_compile:
-                compiled = _compiled(self.model, device, dtype, mode)
-                check_close(compiled(x), dense(x), self.precision, f"the compiled {self.model}")
-                calls[mode] = lambda compiled=compiled: compiled(x)
-                keys[mode] = self._key(backend="dense", compile=mode)
-            folded = self.sparse_model(device)
-            expected = folded(x)
-            for name in runnable(self.backends, device, self.precision, self.block_size):
-                model = to_block_sparse(copy.deepcopy(folded), self.block_size, name)
-                check_close(model(x), expected, self.precision, f"backend {name!r} on {self}")
-                calls[name] = lambda model=model: model(x)
-                keys[name] = self._sparse_key(name)
-                weights[name] = model
-            timings = interleave(calls, clock=clock_for(device), effort=effort)
-            rows = [timing_row(timings[name], **keys[name]) for name in calls]
-            if self.memory:
-                rows += self._memory_rows(weights, calls, keys, device)
+        with precision_class(self.precision, device):
+            contenders = _Contenders(self, device)
+            variants = [
+                Variant(
+                    key,
+                    partial(contenders.call, key["backend"], key["compile"]),
+                    partial(contenders.expected, key["backend"]),
+                )
+                for key in [*self._dense_keys(device), *self._sparse_keys(device)]
+            ]
+            rows, calls = measure_group(variants, self.precision, clock_for(device), effort)
+            eager = [place for place in calls if variants[place].key["compile"] == "eager"]
+            for place in eager if self.memory else ():
+                key = variants[place].key
+                rows += _memory_rows(contenders.model(key["backend"]), calls[place], key, device)
         return rows
 
+
+class _Contenders:
+    """The models of one ``ModelCase`` by backend, each made at its first use, with the images that they are given."""
+
+    def __init__(self, case: ModelCase, device: torch.device) -> None:
+        self.case, self.device, self.dtype = case, device, DTYPES[case.precision]
+        size = _dense_model(case.model, device, self.dtype).image_size
+        generator = torch.Generator().manual_seed(case.seed)
+        self.images = torch.randn(case.batch_size, 3, size, size, generator=generator).to(device, self.dtype)
+        self._made: dict[tuple[str, str], Any] = {}  # no functools.cache: models are to be freed with this object
+
+    def _once(self, what: str, name: str, build: Callable[[str], Any]) -> Any:
+        if (what, name) not in self._made:
+            self._made[what, name] = build(name)
+        return self._made[what, name]
+
+    def model(self, backend: str) -> nn.Module:
+        """The model of ``backend``, which for ``"dense"`` is shared by all cases."""
+        return self._once("model", backend, self._model)
+
+    def _folded(self, kind: str) -> nn.Module:
+        """The plain model that a contender is converted from."""
+        if kind == "dense":
+            return _dense_model(self.case.model, self.device, self.dtype)
+        build = self.case.pruned_model if kind == semi_structured.BACKEND else self.case.sparse_model
+        return build(self.device)
+
+    def _result(self, kind: str) -> Tensor:
+        return self._once("folded", kind, self._folded)(self.images)
+
     @staticmethod
-    def _memory_rows(
-        weights: dict[str, nn.Module],
-        calls: dict[str, Callable[[], Tensor]],
-        keys: dict[str, dict[str, Any]],
-        device: torch.device,
-    ) -> list[dict[str, Any]]:
-        rows = []
-        for name, model in weights.items():
-            measures = {"model_bytes": model_bytes(model), "peak_memory": peak_memory(calls[name], device)}
-            rows += [
-                {**keys[name], "metric": metric, "value": value, "unit": "B", "repeats": 1}
-                for metric, value in measures.items()
-                if value is not None
-            ]
-        return rows
+    def _kind(backend: str) -> str:
+        return backend if backend in ("dense", semi_structured.BACKEND) else "block-sparse"
+
+    def _model(self, backend: str) -> nn.Module:
+        folded = self._once("folded", self._kind(backend), self._folded)
+        if backend == "dense":
+            return folded
+        if backend == semi_structured.BACKEND:
+            return semi_structured.to_semi_structured(copy.deepcopy(folded), SCOPES[self.case.scope])
+        return to_block_sparse(copy.deepcopy(folded), self.case.block_size, backend)
+
+    def expected(self, backend: str) -> Tensor:
+        """The logits of the plain model that the backend's was converted from."""
+        return self._once("result", self._kind(backend), self._result)
+
+    def call(self, backend: str, mode: str) -> Callable[[], Tensor]:
+        """What is timed: the backend's model on the images, run in a mode of ``ModelCase``."""
+        model, images = self.model(backend), self.images
+        if mode == CUDA_GRAPH:
+            return cuda_graph(lambda: model(images))
+        if mode != "eager" and backend == "dense":
+            compiled = _compiled_dense(self.case.model, self.device, self.dtype, mode)
+        else:
+            compiled = model if mode == "eager" else _compiled(model, self.device, mode)
+        return lambda: compiled(images)
+
+
+def _memory_rows(
+    model: nn.Module, call: Callable[[], Tensor], key: dict[str, Any], device: torch.device
+) -> list[dict[str, Any]]:
+    measures = {"model_bytes": model_bytes(model), "peak_memory": peak_memory(call, device)}
+    return [
+        {**key, "metric": metric, "value": value, "unit": "B", "repeats": 1}
+        for metric, value in measures.items()
+        if value is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -259,12 +421,18 @@ class CeilingCase:
     """What the device can do at best: a large dense matrix product, and copying memory."""
 
     precision: str = "fp32"
-    size: int = 2048
-    copy_bytes: int = 1 << 28
+    size: int | None = None
+    """Of the square matrices; None: large enough to reach the peak of the device's kind."""
+    copy_bytes: int | None = None
+    """None: several times what the caches of the device's kind hold."""
 
-    def _key(self, metric: str, unit: str) -> dict[str, Any]:
+    def _size(self, device: torch.device) -> int:
+        return self.size or (8192 if device.type == "cuda" else 2048)
+
+    def _key(self, device: torch.device, metric: str, unit: str) -> dict[str, Any]:
+        size = self._size(device)
         return {
-            "model": f"{self.size}x{self.size}" if metric == "matmul_throughput" else "copy",
+            "model": f"{size}x{size}" if metric == "matmul_throughput" else "copy",
             "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
             "precision": self.precision,
             "backend": "dense",
@@ -274,22 +442,25 @@ class CeilingCase:
 
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        return [self._key("matmul_throughput", "FLOP/s"), self._key("copy_bandwidth", "B/s")]
+        return [self._key(device, "matmul_throughput", "FLOP/s"), self._key(device, "copy_bandwidth", "B/s")]
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
+        size = self._size(device)
+        copied = self.copy_bytes or (1 << 30 if device.type == "cuda" else 1 << 28)
         with precision_class(self.precision, device) as dtype:
-            a, b = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(2))
-            source = torch.ones(self.copy_bytes // 4, device=device)
+            # Random numbers: on zeros a GPU's matrix units run faster, because fewer bits flip.
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            source = torch.randn(copied // 4, device=device)
             target = torch.empty_like(source)
             calls = {"matmul_throughput": lambda: a @ b, "copy_bandwidth": lambda: target.copy_(source)}
             timings = interleave(calls, clock=clock_for(device), effort=effort)
-        work = {"matmul_throughput": 2 * self.size**3, "copy_bandwidth": 2 * self.copy_bytes}
+        work = {"matmul_throughput": 2 * size**3, "copy_bandwidth": 2 * copied}
         units = {"matmul_throughput": "FLOP/s", "copy_bandwidth": "B/s"}
         return [
             {
-                **self._key(metric, units[metric]),
+                **self._key(device, metric, units[metric]),
                 "value": work[metric] / timing.median,
                 "low": work[metric] / timing.high,
                 "high": work[metric] / timing.low,
@@ -297,6 +468,54 @@ class CeilingCase:
             }
             for metric, timing in timings.items()
         ]
+
+
+@dataclass(frozen=True)
+class TuningCase:
+    """Finding the parameters that PyTorch's BSR kernel runs fastest with, for one product; kept with the package.
+
+    What the package has tuned for this GPU already is not tuned again, so it has no row either.
+    """
+
+    case: tune.Case
+
+    def _key(self) -> dict[str, Any]:
+        return {
+            "model": f"{self.case.out_features}x{self.case.in_features}",
+            "scope": "linear",
+            "dtype": str(self.case.dtype).removeprefix("torch."),
+            "tokens": self.case.tokens,
+            "block_size": self.case.block_size,
+            "sparsity": self.case.sparsity,
+            "backend": torch_tuned.NAME,
+            "metric": "tuning_seconds",
+        }
+
+    def keys(self, device: torch.device) -> list[dict[str, Any]]:
+        """See ``bench.Case``."""
+        known = tuning.find(tuning.device_name(device), torch_tuned.NAME, tune.case_key(self.case))
+        return [] if known else [self._key()]
+
+    def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+        """See ``bench.Case``; a search is timed once, however long it takes."""
+        (tuned,) = tune.tune_torch_bsr([self.case], device)
+        if tuned.found is None:
+            return [failed_row(RuntimeError("no launch parameters work"), str(self.case), **self._key())]
+        return [{**self._key(), "value": tuned.seconds, "unit": "s", "repeats": 1}]
+
+
+def tuning_cases(
+    shapes: Iterable[Sequence[int]],
+    tokens: Iterable[int],
+    block_sizes: Iterable[int],
+    sparsity: float,
+    precisions: Iterable[str],
+) -> list[TuningCase]:
+    """Every product of a grid at one sparsity, the largest layers first; precision classes of a dtype share it."""
+    largest_first = sorted((tuple(shape) for shape in shapes), key=lambda shape: -shape[0] * shape[1])
+    dtypes = dict.fromkeys(DTYPES[precision] for precision in precisions)
+    cases = tune.make_cases(largest_first, block_sizes=block_sizes, dtypes=dtypes, tokens=tokens, sparsities=[sparsity])
+    return [TuningCase(case) for case in cases]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blockvit.bench import Effort, interleave
+from blockvit.clocks import Clock, ColdCudaClock, Cuda, CudaClock, Timing, clock_for, cuda_graph
+
+
+class SimulatedGpu(Cuda):
+    """A stream on which time passes as scripted, and a host that takes ``launch`` seconds to enqueue a kernel.
+
+    Work is enqueued at the host's time and begins when the device is done with what came before. The cache holds
+    nothing after ``evict``; ``cached`` tells whether a kernel found its operands there.
+    """
+
+    def __init__(self, monkeypatch, launch: float = 0.0):
+        self.launch, self.host, self.device_time = launch, 0.0, 0.0
+        self.cached, self.log, self.held = True, [], []
+        monkeypatch.setattr("blockvit.clocks.time.perf_counter", lambda: self.host)
+
+    def run(self, seconds: float) -> None:
+        self.device_time = max(self.device_time, self.host) + seconds
+
+    def kernel(self, warm: float, cold: float | None = None, waits: bool = False):
+        def call():
+            self.host += self.launch
+            self.log.append("cached" if self.cached else "cold")
+            self.run(warm if self.cached else cold or warm)
+            self.cached = True
+            if waits:
+                self.synchronize()
+
+        return call
+
+    def event(self):
+        self.run(0.0)
+        return self.device_time
+
+    def between(self, start, end):
+        assert self.host >= end, "read before the device was done"
+        return end - start
+
+    def synchronize(self):
+        self.host = max(self.host, self.device_time)
+
+    def hold(self, seconds):
+        self.held.append(seconds)
+        self.run(seconds)
+
+    def evict(self):
+        self.host += self.launch
+        self.run(30e-6)
+        self.cached = False
+
+
+def test_percentiles():
+    timing = Timing(tuple(float(x) for x in (5, 1, 4, 2, 3, 6)))
+    assert (timing.low, timing.median, timing.high) == (2.0, 3.5, 5.0)
+    assert Timing((7.0,)).low == Timing((7.0,)).median == Timing((7.0,)).high == 7.0
+
+
+def test_back_to_back_calls_count_from_the_first_event_to_the_last(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch)
+    assert CudaClock(gpu).seconds(gpu.kernel(0.25), 4) == pytest.approx(1.0)
+    assert gpu.log == ["cached"] * 4 and not gpu.held
+
+
+def test_back_to_back_calls_count_what_the_host_needs_to_launch(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch, launch=50e-6)
+    taken = CudaClock(gpu).seconds(gpu.kernel(10e-6), 100)
+    assert taken / 100 == pytest.approx(50e-6, rel=0.02)
+
+
+def test_a_cold_clock_times_the_kernel_and_neither_launch_nor_eviction(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch, launch=50e-6)
+    clock, call = ColdCudaClock(gpu), gpu.kernel(5e-6, cold=10e-6)
+    clock.seconds(call, 1)  # learns how long the host takes
+    assert clock.seconds(call, 20) / 20 == pytest.approx(10e-6)
+    assert set(gpu.log) == {"cold"}
+    assert gpu.held[0] == 0 and gpu.held[1] >= 20 * 100e-6, "held until all is enqueued"
+
+
+def test_a_first_call_that_compiles_does_not_hold_the_device_for_as_long(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch, launch=5.0)
+    clock, call = ColdCudaClock(gpu), gpu.kernel(10e-6)
+    clock.seconds(call, 1)
+    gpu.launch = 50e-6
+    for _ in range(3):
+        taken = clock.seconds(call, 2)
+    assert gpu.held[1] == ColdCudaClock.MOST, "the compilation's ten seconds are no estimate"
+    assert gpu.held[3] == pytest.approx(1.5 * 2 * 100e-6, rel=0.01)
+    assert taken / 2 == pytest.approx(10e-6)
+
+
+def test_a_call_that_waits_for_the_device_does_not_make_the_hold_grow(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch, launch=10e-6)
+    clock, call = ColdCudaClock(gpu), gpu.kernel(1e-3, waits=True)
+    samples = [clock.seconds(call, 1) for _ in range(50)]
+    assert max(gpu.held) <= 2e-3
+    assert samples[-1] == pytest.approx(1e-3, rel=0.1)
+
+
+def test_interleaving_on_a_simulated_gpu(monkeypatch):
+    gpu = SimulatedGpu(monkeypatch, launch=20e-6)
+    calls = {"fast": gpu.kernel(1e-5, cold=2e-5), "slow": gpu.kernel(3e-5, cold=6e-5)}
+    effort = Effort(min_repeats=5, max_repeats=5, seconds=0, warmup=2, min_sample=1e-4)
+    timings = interleave(calls, clock=ColdCudaClock(gpu), effort=effort)
+    assert timings["fast"].median == pytest.approx(2e-5)
+    assert timings["slow"].median == pytest.approx(6e-5)
+
+
+def test_clock_for():
+    assert type(clock_for("cpu")) is Clock and type(clock_for("cpu", cold=True)) is Clock
+    assert type(clock_for("cuda:1")) is CudaClock and clock_for("cuda:1").cuda.device == torch.device("cuda:1")
+    assert type(clock_for("cuda", cold=True)) is ColdCudaClock
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrices():
+    return torch.randn(2, 4096, 4096, device="cuda").unbind()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cold", [False, True])
+def test_cuda_clocks_wait_for_the_device(matrices, cold):
+    a, b = matrices
+    call, clock = (lambda: a @ b), clock_for("cuda", cold=cold)
+    clock.seconds(call, 2)
+    few, many = clock.seconds(call, 10), clock.seconds(call, 100)
+    assert many / few == pytest.approx(10, rel=0.5)
+    assert 2 * 4096**3 * 10 / few < 1e15, "faster than any GPU: the clock did not wait"
+
+
+@pytest.mark.gpu
+def test_hold_holds_at_least_as_long(matrices):
+    cuda = Cuda(torch.device("cuda"))
+    cuda.hold(1e-3)
+    cuda.synchronize()
+    start = cuda.event()
+    cuda.hold(5e-3)
+    end = cuda.event()
+    cuda.synchronize()
+    assert 5e-3 <= cuda.between(start, end) < 50e-3
+
+
+@pytest.mark.gpu
+def test_a_cold_clock_times_small_kernels_without_their_launches():
+    x = torch.randn(1024, device="cuda")
+    cold, warm = clock_for("cuda", cold=True), clock_for("cuda")
+
+    def call():
+        return x.add(1).add(1).add(1).add(1)
+
+    for clock in (cold, warm):
+        clock.seconds(call, 10)
+    assert cold.seconds(call, 10) < 1.5 * warm.seconds(call, 10)
+
+
+@pytest.mark.gpu
+def test_eviction_makes_a_cached_read_slower():
+    x = torch.randn(2 << 20, device="cuda")  # 8 MB: a fraction of the L2 cache
+    call = lambda: x.sum()  # noqa: E731
+    cold, warm = ColdCudaClock(Cuda(torch.device("cuda"))), CudaClock(Cuda(torch.device("cuda")))
+    for clock in (cold, warm):
+        clock.seconds(call, 20)
+    assert min(cold.seconds(call, 20) for _ in range(5)) > 1.1 * min(warm.seconds(call, 20) for _ in range(5))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_computes_anew_each_time(matrices):
+    a, b = matrices
+    replay = cuda_graph(lambda: a @ b)
+    assert torch.equal(replay(), a @ b)
+    a.normal_()
+    assert torch.equal(replay(), a @ b)
+
+
+@pytest.mark.gpu
+def test_what_waits_for_the_device_cannot_be_captured(matrices):
+    a, b = matrices
+    with pytest.raises(RuntimeError):
+        cuda_graph(lambda: a @ b * float(b.sum()))
+    assert torch.equal(a + 1, a.add(1)), "the device is usable afterwards"
