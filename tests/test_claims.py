@@ -176,8 +176,24 @@ def test_another_published_number_decides_otherwise(store, monkeypatch, publishe
     table = results.published()
     table.loc[(table["metric"] == "headline_speedup") & (table["scope"] == "linear"), "value"] = published
     monkeypatch.setattr(claims, "published", lambda: table)
-    rows = group("linear", model="4096x4096", tokens=4096, block_size=64, sparsity=0.9, torch=1.2)
+    rows = group("linear", model="8192x8192", tokens=8192, block_size=64, sparsity=0.95, torch=1.2)
     assert verdict("C1", store, rows).verdict == expected
+
+
+@pytest.mark.parametrize(("size", "sparsity", "expected"), [(4096, 0.95, OPEN), (8192, 0.9, OPEN), (8192, 0.95, FAILS)])
+def test_c1_is_not_refuted_by_products_that_are_neither_large_nor_sparse(store, size, sparsity, expected):
+    rows = group("linear", model=f"{size}x{size}", tokens=size, block_size=64, sparsity=sparsity, torch=1.2)
+    assert verdict("C1", store, rows).verdict == expected
+
+
+def test_c2_is_refuted_by_one_layer_but_confirmed_only_by_all(store):
+    def layer(model, speed):
+        return group("linear", model=model, tokens=50432, block_size=32, sparsity=0.9, torch=speed)
+
+    assert verdict("C2", store, layer("3072x768", 1.2)).verdict == OPEN
+    rest = [row for model in claims.VIT_B_16_LINEARS[1:] for row in layer(model, 1.2)]
+    assert verdict("C2", store, rest + layer("768x768", 1.2)).verdict == HOLDS
+    assert verdict("C2", store, layer("768x768", 0.9)).verdict == FAILS
 
 
 def test_like_for_like_is_pytorchs_kernels_over_eager_dense_of_the_same_group_and_precision(store):
@@ -254,7 +270,7 @@ def test_c1(store, speedup, expected):
     found = verdict("C1", store, rows)
     assert found.verdict == expected
     assert found.number == f"up to {speedup:.2f}×"
-    assert found.ours == "best here: 9.50×"
+    assert found.ours == "best here: 9.50× by gather"
 
 
 def test_c1_needs_large_fp32_matmuls_by_pytorchs_kernels(store):
@@ -303,6 +319,17 @@ def test_c3(store, bf16, expected):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_c3_needs_both_precisions(store, precision):
     assert verdict("C3", store, linears(lambda b, s: 2.0, precision=precision)) == claims.NOT_MEASURED
+
+
+def test_c3_is_decided_at_the_most_tokens_and_by_sparse_cells(store):
+    rows = linears(lambda b, s: 2.0) + linears(lambda b, s: 1.2 if b >= 64 else 0.8, precision="bf16")
+    rows += linears(lambda b, s: 0.3, tokens=197) + linears(lambda b, s: 0.4, precision="bf16", tokens=197)
+    for block in range(200, 260):  # a dense weight in blocks: no claim is about it
+        rows += group("linear", block_size=block, sparsity=0.0, tokens=50432, torch=0.5)
+        rows += group("linear", block_size=block, sparsity=0.0, tokens=50432, torch=0.6, precision="bf16")
+    found = verdict("C3", store, rows)
+    assert found.verdict == HOLDS
+    assert found.number == "at 50432 tokens smaller than in fp32 in 100% of cells, 15 of 45 cells faster"
 
 
 # --- C4 to C7: end to end --------------------------------------------------------------------------------------------
@@ -365,6 +392,11 @@ def test_c5_needs_three_sparsities_of_every_block_size(store):
     assert verdict("C5", store, rows) == claims.NOT_MEASURED
 
 
+def test_c5_marks_what_is_faster_wherever_measured_as_a_bound(store):
+    found = verdict("C5", store, sweep_of({16: 0.5, 32: 0.65, 64: 0.7}))
+    assert found.number == "≤ 0.60 (16), 0.65 (32), 0.70 (64)"
+
+
 def batches(speedup, sizes=(1, 16, 64, 256)) -> list[dict]:
     return [row for batch in sizes for b in BLOCKS for row in vit(b, 0.9, batch, torch=speedup(b, batch), where=GPU)]
 
@@ -391,8 +423,29 @@ def test_c6_needs_batches_of_16_and_256(store, sizes):
 def test_c6_says_from_which_batch_size_on(store):
     rows = batches(lambda b, n: 1.1 + b / 100 if n >= (1 if b == 16 else 16) else 0.8)
     found = verdict("C6", store, rows)
-    assert found.number == "9 of 9 cells faster from batch 16 up; first faster at batch 1 (16), 16 (32), 16 (64)"
-    assert found.ours == "best here: from batch 1"
+    assert found.number == "9 of 9 cells faster from batch 16 up, first faster at batch 1 (16), 16 (32), 16 (64)"
+    assert found.ours == "best here: from batch 1 up by torch"
+
+
+def test_c6_says_where_it_is_never_faster(store):
+    found = verdict("C6", store, batches(lambda b, n: 1.2 if b == 16 and n >= 16 else 0.8))
+    assert found.number == "3 of 9 cells faster from batch 16 up, first faster at batch 16 (16), never (32), never (64)"
+    assert found.ours == "best here: from batch 16 up by torch"
+    slow = verdict("C6", store, batches(lambda b, n: 0.5))
+    assert slow.number.endswith("first faster at batch never (16), never (32), never (64)")
+    assert slow.ours == "best here: never"
+
+
+def test_c6_best_here_is_faster_at_every_batch_from_there_on(store):
+    found = verdict("C6", store, batches(lambda b, n: 0.8 if n == 16 else 1.2))
+    assert found.ours == "best here: from batch 64 up by torch"
+
+
+def test_c6_is_decided_by_the_posts_block_sizes(store):
+    rows = batches(lambda b, n: 1.1 + b / 100 if n >= 16 else 0.8)
+    rows += [row for n in (16, 256) for row in vit(128, 0.9, n, torch=0.5, where=GPU)]
+    found = verdict("C6", store, rows)
+    assert found.verdict == HOLDS and "128" not in found.number
 
 
 @pytest.mark.parametrize(
@@ -533,7 +586,212 @@ def test_c11_a_converted_head_refutes_it(store):
     assert "in blocks of 32: up to 1.70× (gather, 90%)" in found.number
 
 
-@pytest.mark.parametrize("changes", [{"model": "768x768"}, {"block_size": 8}], ids=str)
+@pytest.mark.parametrize("changes", [{"model": "768x768"}, {"block_size": 8}, {"block_size": None}], ids=str)
 def test_c11_other_layers_and_block_sizes_that_divide_say_nothing_of_it(store, changes):
     rows = group("linear", **{"model": "1000x768", "block_size": 32, "sparsity": 0.9, "gather": 2.0, **changes})
     assert verdict("C11", store, rows) == claims.NOT_MEASURED
+
+
+# --- a GPU's whole grid ----------------------------------------------------------------------------------------------
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+DENSE_SECONDS = {"eager": 1.0, "max-autotune": 0.8, "cudagraph": 0.9}
+SPARSE_MODES = {"eager": 1.0, "max-autotune": 1.1, "cudagraph": 1.05}  # speedup over the same model run eagerly
+BACKENDS = {"torch": 1.0, "torch_tuned": 1.25, "torchao": 0.9, "blksprs": 0.8, "gather": 0.5}  # over PyTorch's kernels
+BEST = 1.25 * 1.1 * 0.8  # torch_tuned with max-autotune over the fastest dense, in PyTorch's kernels' speedup
+SWEEP = {  # fp32, batch 256: the published numbers
+    16: {0.5: 0.4, 0.7: 0.7, 0.8: 0.88, 0.9: 1.24},
+    32: {0.5: 0.5, 0.7: 0.75, 0.8: 0.95, 0.9: 1.37},
+    64: {0.5: 0.6, 0.7: 1.0, 0.8: 1.3, 0.9: 1.65},
+    128: {0.5: 0.6, 0.7: 1.0, 0.8: 1.2, 0.9: 1.5},
+}
+BATCHES = {1: 0.5, 4: 0.83, 16: 0.9, 64: 0.95, 256: 1.0}  # of the speedup at batch 256
+LOWER = {"fp32": 1.0, "tf32": 0.8, "bf16": 0.72}  # end to end, of the speedup in fp32
+
+
+def published_vit(cell: dict) -> float:
+    """PyTorch's kernels end to end just as the post has them."""
+    speedup = SWEEP[cell["block_size"]][cell["sparsity"]] * BATCHES[cell["batch_size"]]
+    return LOWER[cell["precision"]] * speedup
+
+
+def published_linear(cell: dict) -> float:
+    """PyTorch's kernels on linear layers just as the post has them."""
+    block, sparsity = cell["block_size"], cell["sparsity"]
+    if cell["tokens"] == 197:
+        return 0.4 if cell["precision"] == "bf16" else 0.3
+    if sparsity == 0:
+        return 0.5
+    if cell["precision"] == "bf16":
+        return 1.2 if block >= 64 and sparsity >= 0.8 else 0.7
+    if cell["model"] == "16384x16384":
+        return 4.8 if sparsity == 0.95 else 2.0
+    return 1.5 if block >= 32 or sparsity >= 0.8 else 0.8
+
+
+def gpu_group(torch: float, modes: dict[str, float], **cell) -> list[dict]:
+    """A group with every backend in every mode, and 2:4 sparsity, which is so fast that no one could overlook it."""
+    rows = group(**cell, where=GPU, dense=DENSE_SECONDS)
+    for mode, faster in modes.items():
+        speeds = {name: torch * factor * faster for name, factor in BACKENDS.items()}
+        rows += group(**cell, where=GPU, backend_compile=mode, **speeds)[1:]
+        if cell["precision"] == "bf16":
+            semi_structured = {**cell, "block_size": None, "sparsity": 0.5}
+            rows += group(**semi_structured, where=GPU, backend_compile=mode, **{"2:4": 77.7})[1:]
+    return [{**row, "group": rows[0]["group"]} for row in rows]
+
+
+def gpu_linear(torch=published_linear) -> list[dict]:
+    sizes = [(shape, tokens) for shape in SHAPES for tokens in (197, 50432)]
+    sizes += [(f"{size}x{size}", size) for size in (4096, 8192, 16384)]
+    grid = itertools.product(PRECISIONS, sizes, (16, 32, 64, 128), (0.0, 0.5, 0.8, 0.9, 0.95))
+    cells = [
+        {"experiment": "linear", "precision": p, "model": m, "tokens": n, "block_size": b, "sparsity": s}
+        for p, (m, n), b, s in grid
+    ]
+    return [row for cell in cells for row in gpu_group(torch(cell), {"eager": 1.0}, **cell)]
+
+
+def gpu_vit(torch=published_vit) -> list[dict]:
+    grid = itertools.product(PRECISIONS, BATCHES, SWEEP, SWEEP[16])
+    cells = [
+        {"experiment": "vit", "precision": p, "model": "vit_b_16", "batch_size": n, "block_size": b, "sparsity": s}
+        for p, n, b, s in grid
+        if n == 256 or s == 0.9
+    ]
+    rows = [row for cell in cells for row in gpu_group(torch(cell), SPARSE_MODES, scope="mlp", **cell)]
+    # More layers sparse, and another model: nothing that these claims are about.
+    return rows + [
+        row
+        for other in ({"scope": "mlp+attention"}, {"scope": "mlp", "model": "vit_h_14"})
+        for cell in cells
+        if cell["sparsity"] == 0.9
+        for row in gpu_group(9.9, {"eager": 1.0}, **{**cell, **other})
+    ]
+
+
+def gpu_rows(claim: str, torch=None) -> list[dict]:
+    """The table that decides a claim; ``torch(cell)`` is the speedup where it differs from the post's, else None."""
+    table, post = (gpu_linear, published_linear) if claim in ("C1", "C2", "C3") else (gpu_vit, published_vit)
+    return table(lambda cell: (torch(cell) if torch else None) or post(cell))
+
+
+def is_cell(cell: dict, **wanted) -> bool:
+    return all(cell[key] == value for key, value in wanted.items())
+
+
+def test_a_gpu_as_the_post_has_it_holds_every_claim(store):
+    store.append(gpu_linear() + gpu_vit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decided = claims.decide(store).set_index("id")
+        page = claims.readme(store)
+    assert Evidence.of(store, GPU["device"]).is_gpu
+    assert decided.loc[["C1", "C2", "C3", "C4", "C5", "C6"], "verdict"].tolist() == [HOLDS] * 6
+    assert decided.loc[["C7", "C8", "C9", "C10"], "verdict"].tolist() == [OPEN] * 4  # C7 is not about server GPUs
+    assert "nan" not in page and "inf" not in page
+    assert "77.7" not in page and "2:4" not in page and "78×" not in page, "2:4 sparsity is not block-sparse"
+    assert "9.90×" not in page, "other models and layers"
+
+
+def test_numbers_of_a_gpu_in_all_precision_classes(store):
+    store.append(gpu_linear() + gpu_vit())
+    cells = {found["id"]: found for found in claims.decide(store).to_dict("records")}
+
+    def texts(claim: str) -> tuple[str, str, list[str]]:
+        return cells[claim]["number"], cells[claim]["ours"], cells[claim]["others"].split("; ")
+
+    def by_block(factor: float) -> str:
+        return ", ".join(f"{factor * line[0.9]:.2f}× ({block})" for block, line in SWEEP.items() if block < 128)
+
+    assert BACKENDS["torch_tuned"] * DENSE_SECONDS["max-autotune"] == 1, "the better kernel meets the better baseline"
+    assert texts("C1") == (
+        "up to 4.80×",
+        "best here: 4.80× by torch_tuned",
+        ["tf32: up to 4.80× (best here: 4.80× by torch_tuned)", "bf16: up to 1.20× (best here: 1.20× by torch_tuned)"],
+    )
+    number, ours, others = texts("C4")
+    assert number == by_block(1.0)
+    assert ours == f"best here: {by_block(BEST)}, {BEST * 1.5:.2f}× (128) by torch_tuned with max-autotune"
+    assert others[1] == (
+        f"bf16: {by_block(0.72)} (best here: {by_block(0.72 * BEST)}, {0.72 * BEST * 1.5:.2f}× (128) "
+        "by torch_tuned with max-autotune)"
+    )
+    number, ours, others = texts("C5")
+    assert number == "0.83 (16), 0.81 (32), 0.70 (64)"
+    assert ours == "best here: 0.81 (16), 0.78 (32), 0.65 (64) by torch_tuned"
+    assert others[1].startswith("bf16: never (16), never (32), 0.83 (64) (best here: never (16), 0.87 (32), ")
+    number, ours, others = texts("C6")
+    assert number == "9 of 9 cells faster from batch 16 up, first faster at batch 4 (16), 4 (32), 4 (64)"
+    assert ours == "best here: from batch 4 up by torch_tuned"
+    assert others[1] == (
+        "bf16: 3 of 9 cells faster from batch 16 up, first faster at batch never (16), never (32), 16 (64) "
+        "(best here: from batch 4 up by torch_tuned)"
+    )
+    assert [text.split(":")[0] for claim in ("C1", "C4", "C5", "C6") for text in texts(claim)[2]] == [
+        "tf32",
+        "bf16",
+    ] * 4
+    page = claims.markdown(store)
+    assert f"**holds**; {by_block(1.0)}; best here: " in page and f"; bf16: {by_block(0.72)} (best here: " in page
+
+
+REFUTED = {
+    "C1": lambda cell: 4.0 if is_cell(cell, precision="fp32", model="16384x16384") else None,
+    "C2": lambda cell: 0.9 if is_cell(cell, precision="fp32", block_size=32, sparsity=0.5) else None,
+    "C3": lambda cell: 3.0 if is_cell(cell, precision="bf16", tokens=50432) else None,
+    "C4": lambda cell: 1.5 if is_cell(cell, precision="fp32", block_size=64, sparsity=0.9) else None,
+    "C5": lambda cell: 0.7 if is_cell(cell, precision="fp32", block_size=64, sparsity=0.7) else None,
+    "C6": lambda cell: 0.9 if is_cell(cell, precision="fp32", block_size=32, batch_size=16) else None,
+}
+
+
+@pytest.mark.parametrize("claim", REFUTED)
+def test_a_gpu_where_one_cell_is_slower_refutes_the_claim(store, claim):
+    assert verdict(claim, store, gpu_rows(claim, REFUTED[claim])).verdict == FAILS
+
+
+@pytest.mark.parametrize("claim", ["C1", "C2", "C4", "C5", "C6"])
+def test_other_precision_classes_and_backends_do_not_decide(store, claim):
+    slow = verdict(claim, store, gpu_rows(claim, lambda cell: 0.1 if cell["precision"] != "fp32" else None))
+    assert slow.verdict == HOLDS
+    fast = verdict(claim, store, gpu_rows(claim, lambda cell: 9.0 if cell["precision"] != "fp32" else 0.99))
+    assert fast.verdict == FAILS
+    rows = [row | {"value": row["value"] / 50} if row["backend"] == "torch_tuned" else row for row in gpu_rows(claim)]
+    assert verdict(claim, store, rows).verdict == HOLDS
+
+
+@pytest.mark.parametrize("claim", REFUTED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_without_pytorchs_eager_kernels_in_the_deciding_precision_is_not_decided(store, claim, precision):
+    rows = [
+        row
+        for row in gpu_rows(claim)
+        if (row["backend"], row["compile"], row["precision"]) != ("torch", "eager", precision)
+    ]
+    found = verdict(claim, store, rows)
+    if precision == "fp32" or claim == "C3":
+        assert found == claims.NOT_MEASURED
+    else:  # only the best backend can be told of in bf16
+        assert found.verdict == HOLDS
+        assert "bf16: " not in found.others and (claim == "C2" or "bf16, best here: " in found.others)
+
+
+@pytest.mark.parametrize("claim", ["C1", "C4", "C5", "C6"])
+def test_precision_classes_that_were_not_measured_are_not_mentioned(store, claim):
+    found = verdict(claim, store, [row for row in gpu_rows(claim) if row["precision"] == "fp32"])
+    assert found.verdict == HOLDS and found.others == ""
+
+
+def test_c4_names_the_backend_of_each_block_size_where_they_differ(store):
+    rows = [row for b in PUBLISHED for row in vit(b, 0.9, 256, where=GPU, torch=2.0, gather=3.0 if b == 16 else 1.0)]
+    assert verdict("C4", store, rows).ours == "best here: 3.00× (16, gather), 2.00× (32, torch), 2.00× (64, torch)"
+
+
+def test_few_rows_of_bf16_are_told_as_far_as_they_go(store):
+    """A run that was stopped: too few for a break-even or a range of batches, enough for a speedup."""
+    partial = [row for row in gpu_vit() if row["precision"] == "fp32"]
+    partial += vit(32, 0.9, 256, precision="bf16", where=GPU, torch=0.9)
+    assert verdict("C4", store, partial).others == "bf16: 0.90× (32) (best here: 0.90× (32) by torch)"
+    for claim in ("C5", "C6"):
+        assert "bf16: " not in CLAIMS[claim][1](Evidence.of(store, GPU["device"])).others

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from blockvit import plots, results
+from blockvit import limits, plots, results
 from blockvit.plots import break_even
 
 SHARES = {"mlp": 0.64, "mlp+attention": 0.95}
@@ -91,34 +91,184 @@ POINTS = [{"block_size": b, "sparsity": s, "speedup": 1 + s, "top1": 97 - s} for
 
 
 def published() -> pd.DataFrame:
-    reference = results.published()
-    return reference[(reference["source"] == "blog") & (reference["metric"] == "speedup")]
+    reference = results.published_speedups()
+    return reference[(reference["model"] == "vit_b_16") & (reference["precision"] == "fp32")]
 
 
-FIGURES = {
+# A GPU's tables with made-up numbers: the times follow from the invented constants below and from nothing measured.
+
+GPU_BACKENDS = {"torch": 0.25, "torch_tuned": 0.4, "torchao": 0.35, "blksprs": 0.15, "gather": 0.1}  # share of the peak
+GPU_PEAK = {"fp32": 5e13, "tf32": 4e14, "bf16": 8e14}
+GPU_BANDWIDTH = 3e12
+GPU_BLOCKS = (16, 32, 64, 128)
+GPU_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+GPU_SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072), (1000, 768))
+
+
+GPU_SHAPE = (((3072, 768), 50432),)
+
+
+def timed(value: float) -> dict:
+    return {"value": value, "low": value * 0.95, "high": value * 1.08, "metric": "latency"}
+
+
+def gpu_linear(layers=tuple((s, 50432) for s in GPU_SHAPES), precisions=("fp32",), sparsities=GPU_SPARSITIES):
+    rows = []
+    for ((out, in_), tokens), precision in itertools.product(layers, precisions):
+        size = limits.ELEMENT_BYTES[precision]
+        flop, moved = 2 * out * in_ * tokens, size * (tokens * (out + in_) + out * in_)
+        layer = {"model": f"{out}x{in_}", "tokens": tokens, "precision": precision}
+
+        def seconds(work, share, moved=moved, precision=precision):
+            return timed(max(work / share / GPU_PEAK[precision], 1.3 * moved / GPU_BANDWIDTH) + 4e-6)
+
+        for block, sparsity in itertools.product(GPU_BLOCKS, sparsities):
+            group = {**layer, "group": f"{layer}{block}{sparsity}"}
+            rows.append({**group, "backend": "dense", **seconds(flop, 0.8)})
+            for backend, share in GPU_BACKENDS.items():
+                work = seconds(flop * (1 - sparsity), share * min(1, (block / 64) ** 0.5))
+                rows.append({**group, "backend": backend, "block_size": block, "sparsity": sparsity, **work})
+            if precision == "bf16" and block == GPU_BLOCKS[0]:
+                rows.append({**group, "backend": "2:4", "sparsity": 0.5, **seconds(flop * 0.5, 0.6)})
+    return frame(rows, experiment="linear", device="synthetic", compile="eager", date="2026-01-01T00:00:00Z")
+
+
+def gpu_squares(**how) -> pd.DataFrame:
+    return gpu_linear(tuple(((n, n), n) for n in (4096, 8192, 16384)), sparsities=(0.5, 0.8, 0.9, 0.95), **how)
+
+
+def gpu_vit(scopes=tuple(SHARES), batches=(256,), sparsities=GPU_SPARSITIES, precision="bf16", blocks=(16, 32, 64)):
+    rows = []
+    modes = {"eager": 1.0, "max-autotune": 0.8, "cudagraph": 0.9}
+    for scope, batch, block, sparsity in itertools.product(scopes, batches, blocks, sparsities):
+        group = {"batch_size": batch, "group": f"{scope}{batch}{block}{sparsity}"}
+        for mode, gain in modes.items():
+            dense = batch * 3e-4 * gain + 4e-3 * (mode == "eager")
+            rows.append({**group, "backend": "dense", "scope": "dense", "compile": mode, **timed(dense)})
+            rest, sparse = 1 - SHARES[scope], SHARES[scope] * (1 - sparsity)
+            for backend, share in GPU_BACKENDS.items():
+                slow = dense * (rest + sparse * 0.8 / share * (64 / block) ** 0.5) + 2e-3
+                cell = {"scope": scope, "block_size": block, "sparsity": sparsity, "backend": backend, "compile": mode}
+                rows.append({**group, **cell, **timed(slow)})
+            two = {"scope": scope, "sparsity": 0.5, "backend": "2:4", "compile": mode, **timed(dense * 0.9)}
+            rows += [{**group, **two}] if block == blocks[0] and sparsity == sparsities[0] else []
+    common = {"experiment": "vit", "model": "vit_b_16", "precision": precision, "date": "2026-01-01T00:00:00Z"}
+    return frame(rows, device="synthetic", **common)
+
+
+def gpu_memory() -> pd.DataFrame:
+    kept = gpu_vit(("mlp",), sparsities=(0.9,)).query("compile == 'eager'")
+    sizes = [
+        kept.assign(metric=metric, value=base * (1 - kept["sparsity"].fillna(0) * 0.6) + 1e6 * kept["value"].rank())
+        for metric, base in (("model_bytes", 1.7e8), ("peak_memory", 2.4e9))
+    ]
+    return pd.concat(sizes, ignore_index=True)
+
+
+def gpu_speedups(**how) -> pd.DataFrame:
+    return results.speedups(gpu_linear(**how))
+
+
+def least(rows: pd.DataFrame) -> pd.DataFrame:
+    return limits.linear_seconds(rows, GPU_PEAK, GPU_BANDWIDTH)
+
+
+def gpu_throughput():
+    rows = gpu_linear(precisions=("bf16",))
+    return plots.linear_throughput(rows, GPU_PEAK["bf16"], least(rows))
+
+
+def gpu_large():
+    speedups = results.speedups(gpu_squares())
+    speedups = speedups[speedups["backend"].isin(["torch", "torch_tuned"])]
+    return plots.large_matmuls(speedups, 4.8, limits=least(speedups))
+
+
+def gpu_contenders(precision="bf16"):
+    speedups = gpu_speedups(precisions=(precision,))
+    return plots.contenders(speedups, 0.9, limits=least(speedups))
+
+
+def gpu_linear_speedup(precision="fp32"):
+    speedups = gpu_speedups(precisions=(precision,))
+    return plots.linear_speedup(speedups, [*GPU_BACKENDS, "2:4"], least(speedups), 4.8)
+
+
+def gpu_batches():
+    speedups = results.speedups(gpu_vit(("mlp",), (1, 4, 16, 64, 256), (0.9,)))
+    return plots.batch_sizes(speedups, [*GPU_BACKENDS, "2:4"], limits.amdahl(0.9, 0.64), 16)
+
+
+def gpu_model():
+    reference = results.published_speedups()
+    like = reference[(reference["model"] == "vit_b_16") & (reference["precision"] == "bf16")]
+    return plots.model_speedup(results.speedups(gpu_vit()), "torch_tuned", SHARES, like)
+
+
+def gpu_by_precision():
+    rows = gpu_linear(GPU_SHAPE, precisions=tuple(GPU_PEAK))
+    return plots.contenders(results.speedups(rows), 0.9, by="precision")
+
+
+def gpu_large_by_precision():
+    speedups = results.speedups(gpu_squares(precisions=tuple(GPU_PEAK)))
+    return plots.large_matmuls(speedups[speedups["backend"].isin(["torch_tuned", "2:4"])], 4.8, by="precision")
+
+
+def eight_layers():
+    layers = tuple((s, t) for s in GPU_SHAPES[:4] for t in (197, 50432))
+    return results.speedups(gpu_linear(layers, sparsities=(0, *GPU_SPARSITIES)))
+
+
+FIGURES = {  # how it is drawn, its panels, the block sizes that the legend names
     "training_curves": (lambda: plots.training_curves(curves()), 3, 0),
     "conversion": (lambda: plots.conversion({"dense": 4e8, "sparse": 1e8}, {"convert": 2.0, "load": 0.5}), 2, 0),
     "speedup_heatmaps": (lambda: plots.speedup_heatmaps(linear(), "gather"), 3, 0),
-    "linear_break_even": (lambda: plots.linear_break_even(linear(), ["torch", "gather"], 4.8), 4, 3),
+    "linear_speedup": (lambda: plots.linear_speedup(linear(), ["torch", "gather"], headline=4.8), 4, 3),
     "linear_throughput": (lambda: plots.linear_throughput(with_dense(linear()), 1e12), 2, 3),
+    "contenders": (lambda: plots.contenders(linear(), 0.9), 2, 0),
+    "large_matmuls": (gpu_large, 8, 4),
     "model_speedup": (
         lambda: plots.model_speedup(vit(batches=(256,)), "torch", SHARES, published()),
         2,
         3,
     ),
     "batch_sizes": (lambda: plots.batch_sizes(vit(sparsities=(0.9,)).query("scope=='mlp'"), ["torch", "gather"]), 2, 3),
+    "execution_modes": (lambda: plots.execution_modes(gpu_vit(("mlp",), sparsities=(0.9,))), 1, 0),
     "memory": (lambda: plots.memory(memory()), 2, 0),
     "accuracy": (lambda: plots.accuracy(trained(), results.published_losses()), 2, 3),
     "pareto": (lambda: plots.pareto(pd.DataFrame(POINTS), 97.0), 1, 2),
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
+    # the same with a GPU's number of blocks, backends, shapes and modes
+    "gpu speedup_heatmaps": (lambda: plots.speedup_heatmaps(eight_layers(), "torch_tuned"), 4, 0),
+    "gpu linear_speedup": (lambda: gpu_linear_speedup("bf16"), 25, 4),
+    "gpu linear_throughput": (gpu_throughput, 5, 4),
+    "gpu contenders": (gpu_contenders, 5, 0),
+    "gpu contenders by precision": (gpu_by_precision, 3, 0),
+    "gpu large_matmuls by precision": (gpu_large_by_precision, 12, 4),
+    "gpu model_speedup": (gpu_model, 2, 3),
+    "gpu batch_sizes": (gpu_batches, 6, 0),
+    "gpu memory": (lambda: plots.memory(gpu_memory()), 2, 0),
 }
 # One gets by with a label that the figure or its neighbour bears, or needs none: ticks that are names, units in titles.
-WITHOUT_LEGEND = {"conversion", "speedup_heatmaps", "memory"}
+WITHOUT_LEGEND = {"conversion", "speedup_heatmaps", "memory", "gpu speedup_heatmaps", "gpu memory"}
 
 
 def legend_labels(figure: Figure) -> list[str]:
     legends = [*figure.legends, *(a.get_legend() for a in figure.axes if a.get_legend())]
     return [text.get_text() for legend in legends for text in legend.get_texts()]
+
+
+def assert_nothing_is_clipped_or_covered(figure: Figure) -> None:
+    """All that belongs to a panel, its labels included, lies within the figure and off the legend below."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.canvas.get_width_height()
+    drawn = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    frames = [legend.get_window_extent(renderer) for legend in figure.legends]
+    for box in (*drawn, *frames):
+        assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
+    assert not [(box, frame) for box in drawn for frame in frames if box.overlaps(frame)]
 
 
 def draws_something(axes) -> bool:
@@ -136,7 +286,7 @@ def test_figure(name, tmp_path):
     texts = [t for a in shown for t in (a.get_xlabel(), a.get_ylabel())]
     texts += [figure.get_supxlabel(), figure.get_supylabel()]
     assert any(texts)
-    assert any(a.get_ylabel() for a in shown) or name == "conversion"
+    assert any(a.get_ylabel() for a in shown) or figure.get_supylabel() or name == "conversion"
     assert bool(legend_labels(figure)) == (name not in WITHOUT_LEGEND)
     if blocks:
         named = [label for label in legend_labels(figure) if "×" in label]
@@ -144,6 +294,7 @@ def test_figure(name, tmp_path):
         for axes in shown:
             lines = [line for line in axes.lines if "×" in str(line.get_label())]
             assert len(lines) == blocks and len({line.get_marker() for line in lines}) == blocks
+    assert_nothing_is_clipped_or_covered(figure)
     plots.save(figure, tmp_path, name)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
@@ -156,7 +307,7 @@ def test_every_public_figure_is_drawn_here():
         and not name.startswith("_")
         and getattr(function, "__annotations__", {}).get("return") == "Figure"
     }
-    assert public - {"save"} == {*FIGURES, "block_masks"}
+    assert public - {"save"} == {name for name in FIGURES if "gpu" not in name} | {"block_masks"}
 
 
 def test_block_masks():
@@ -169,7 +320,7 @@ def test_block_masks():
 
 def test_saved_twice_a_figure_is_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
-        plots.save(FIGURES["linear_break_even"][0](), tmp_path / folder, "figure")
+        plots.save(FIGURES["linear_speedup"][0](), tmp_path / folder, "figure")
     for suffix in ("png", "svg"):
         first, second = ((tmp_path / folder / f"figure.{suffix}").read_bytes() for folder in ("a", "b"))
         assert first == second and len(first) > 5000
@@ -192,15 +343,392 @@ def test_throughput_is_the_work_of_the_blocks_kept():
     np.testing.assert_allclose(line.get_ydata(), [np.mean(shares)])
 
 
+def lines_of(axes, label: str):
+    return [line for line in axes.lines if line.get_label() == label]
+
+
+def ticks_of(axes):
+    return [line for line in axes.lines if line.get_marker() == "|"]
+
+
+def on_drawn_line(line, x: float) -> float:
+    """Where a line, straight in logarithms as its axis draws it, stands at ``x``."""
+    return np.exp(np.interp(x, line.get_xdata(), np.log(line.get_ydata())))
+
+
+def test_break_even_ticks_lie_on_the_drawn_lines():
+    figure = plots.linear_speedup(linear((32,), (0.5, 0.8, 0.9)), ["gather"])
+    for axes in figure.axes:
+        ((tick,), (line,)) = ticks_of(axes), lines_of(axes, "32×32")
+        assert axes.get_yscale() == "log"
+        assert on_drawn_line(line, tick.get_xdata()[0]) == pytest.approx(1)
+        straight = break_even(line.get_xdata(), line.get_ydata())
+        assert tick.get_xdata()[0] != pytest.approx(straight, abs=1e-3), "the two interpolations differ here"
+
+
+def test_every_gpu_tick_lies_on_a_line():
+    ticks = 0
+    for axes in gpu_linear_speedup().axes:
+        lines = [line for line in axes.lines if "×" in str(line.get_label())]
+        for tick in ticks_of(axes):
+            (line,) = (line for line in lines if line.get_color() == tick.get_color())
+            assert on_drawn_line(line, tick.get_xdata()[0]) == pytest.approx(1)
+            ticks += 1
+    assert ticks > 20
+
+
+@pytest.mark.parametrize(("speedup", "ticks"), [((0.2, 0.5, 0.9), 0), ((1.2, 1.5, 1.9), 0), ((0.6, 0.9, 1.1), 1)])
+def test_no_tick_without_a_crossing(speedup, ticks):
+    rows = linear((32,), (0.5, 0.7, 0.9), ("torch",))
+    rows["speedup"] = rows["sparsity"].map(dict(zip((0.5, 0.7, 0.9), speedup, strict=True)))
+    assert [len(ticks_of(axes)) for axes in plots.linear_speedup(rows, ["torch"]).axes] == [ticks, ticks]
+
+
+def test_the_limit_is_dense_time_over_the_least_time_of_any_block_size():
+    rows = gpu_speedups(layers=GPU_SHAPE)
+    figure = plots.linear_speedup(rows, ["torch"], least(rows))
+    (limit,) = lines_of(figure.axes[0], "limit of arithmetic and bytes")
+    assert limit.get_linestyle() == "--"
+    at90 = rows[rows["sparsity"] == 0.9]
+    expected = at90["dense_value"].iloc[0] / least(at90)["seconds"].min()
+    assert dict(zip(limit.get_xdata(), limit.get_ydata(), strict=True))[0.9] == pytest.approx(expected)
+    assert "limit of arithmetic and bytes" in legend_labels(figure)
+    without = plots.linear_speedup(rows, ["torch"])
+    assert not lines_of(without.axes[0], "limit of arithmetic and bytes")
+    assert "limit of arithmetic and bytes" not in legend_labels(without)
+
+
+def test_no_measured_line_passes_the_limit():
+    for axes in gpu_linear_speedup("bf16").axes:
+        (limit,) = lines_of(axes, "limit of arithmetic and bytes")
+        for line in (line for line in axes.lines if "×" in str(line.get_label())):
+            assert (line.get_ydata() < limit.get_ydata()).all()
+
+
+def test_limits_are_matched_by_index():
+    rows = gpu_speedups()
+    part = rows[(rows["model"] == "768x768") & (rows["backend"] == "torch")]
+    whole, own = (plots.linear_speedup(part, ["torch"], least(table)) for table in (rows, part))
+    lines = [lines_of(figure.axes[0], "limit of arithmetic and bytes")[0].get_ydata() for figure in (whole, own)]
+    np.testing.assert_allclose(*lines)
+
+
+def test_the_figure_grows_with_its_backends():
+    rows = gpu_speedups(layers=GPU_SHAPE)
+    few, many = (plots.linear_speedup(rows, list(GPU_BACKENDS)[:n]) for n in (1, 5))
+    assert many.get_figheight() > few.get_figheight() + 4
+    assert [axes.get_ylabel() for axes in many.axes] == list(GPU_BACKENDS)
+
+
+def test_a_cell_without_measurements_says_so():
+    table = linear()
+    table = table[(table["model"] != LAYERS[0]) | (table["backend"] != "gather")]
+    texts = [[t.get_text() for t in axes.texts] for axes in plots.linear_speedup(table, ["torch", "gather"]).axes]
+    assert texts == [[], [], ["not measured"], []]
+
+
+def test_two_of_four_is_a_hollow_point_in_the_panels_of_its_shape():
+    rows = gpu_speedups(precisions=("bf16",))
+    drawn = plots.linear_speedup(rows, ["torch", "2:4"]).axes
+    assert len(drawn) == 5, "no row of its own beside backends with blocks"
+    for axes in drawn:
+        (point,) = lines_of(axes, "2:4, no blocks")
+        shape = rows[(rows["backend"] == "2:4") & (rows["model"] == axes.get_title())]
+        assert list(point.get_xdata()) == [0.5] and point.get_ydata()[0] == pytest.approx(shape["speedup"].median())
+        assert point.get_markerfacecolor() == "white"
+    assert not lines_of(plots.linear_speedup(rows, ["torch"]).axes[0], "2:4, no blocks"), "not asked for"
+    alone = plots.linear_speedup(rows, ["2:4"])
+    assert len(alone.axes) == 5 and all(lines_of(axes, "2:4, no blocks") for axes in alone.axes)
+
+
+MIXED = {
+    "linear_speedup": lambda rows: plots.linear_speedup(rows, ["torch"]),
+    "speedup_heatmaps": lambda rows: plots.speedup_heatmaps(rows, "torch"),
+    "contenders": lambda rows: plots.contenders(rows, 0.9),
+    "linear_throughput": lambda rows: plots.linear_throughput(rows, 1e12),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_precisions_are_not_mixed(name):
+    rows = pd.concat([linear(), linear(precision="bf16")], ignore_index=True)
+    with pytest.raises(ValueError, match="one precision a figure, but the rows hold bf16, fp32; choose one"):
+        MIXED[name](rows)
+    MIXED[name](rows[rows["precision"] == "bf16"])
+
+
+@pytest.mark.parametrize("name", ["linear_speedup", "contenders"])
+def test_token_counts_of_a_shape_are_not_mixed(name):
+    rows = pd.concat([linear(), linear(tokens=788)], ignore_index=True)
+    with pytest.raises(ValueError, match="one tokens a figure"):
+        MIXED[name](rows)
+    MIXED[name](rows[(rows["tokens"] == 197) == (rows["model"] == LAYERS[0])])  # another count for another shape
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+def tick_names(axes) -> list[str]:
+    return [t.get_text() for t in axes.get_yticklabels()]
+
+
+def test_contenders_stand_in_order_with_their_medians():
+    rows = gpu_speedups(precisions=("bf16",))
+    figure = plots.contenders(rows, 0.9)
+    assert [axes.get_title() for axes in figure.axes] == [f"{o}x{i}" for o, i in sorted(GPU_SHAPES)]
+    axes = figure.axes[0]
+    names = tick_names(axes)
+    at90 = rows[(rows["sparsity"] == 0.9) | (rows["backend"] == "2:4")]
+    order = at90.groupby("backend")["speedup"].median().sort_values().index
+    assert names == [name if name != "2:4" else "2:4 (50%)" for name in order]
+    for backend, block in (("torch", 16), ("gather", 128)):
+        points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines_of(axes, f"{block}×{block}")]
+        cell = at90[(at90["backend"] == backend) & (at90["block_size"] == block) & (at90["model"] == "768x768")]
+        at = [x for x, y in points if round(y) == names.index(backend)]
+        assert at == [pytest.approx(cell["speedup"].median())]
+    assert any(list(line.get_xdata()) == [1, 1] for line in axes.lines), "a line at break-even"
+
+
+def test_contenders_by_precision():
+    figure = gpu_by_precision()
+    assert [axes.get_title() for axes in figure.axes] == ["fp32", "tf32", "bf16"]
+    assert [len(lines_of(axes, "2:4, no blocks")) for axes in figure.axes] == [0, 0, 1]
+    rows = gpu_speedups()
+    with pytest.raises(ValueError, match="limits are those of a shape"):
+        plots.contenders(rows, 0.9, by="precision", limits=least(rows))
+
+
+def test_contenders_beside_their_limit():
+    for axes in gpu_contenders().axes:
+        (limit,) = lines_of(axes, "limit of arithmetic and bytes")
+        others = [line.get_xdata()[0] for line in axes.lines if "×" in str(line.get_label())]
+        assert max(others) < limit.get_xdata()[0]
+
+
+# --- large products --------------------------------------------------------------------------------------------------
+
+
+def test_large_products_leave_out_what_is_not_square_in_tokens_too():
+    rows = results.speedups(pd.concat([gpu_squares(), gpu_linear((((768, 768), 197),))], ignore_index=True))
+    figure = plots.large_matmuls(rows, 4.8)
+    assert [axes.get_title() for axes in figure.axes[:4]] == [f"{s}% sparse" for s in (50, 80, 90, 95)]
+    for axes in figure.axes:
+        for line in (line for line in axes.lines if "×" in str(line.get_label())):
+            assert list(line.get_xdata()) == [4096, 8192, 16384]
+        (headline,) = lines_of(axes, "published headline")
+        assert set(headline.get_ydata()) == {4.8} and axes.get_xscale() == axes.get_yscale() == "log"
+    line = lines_of(figure.axes[2], "64×64")[0]
+    cell = rows.query("backend == 'torch' and block_size == 64 and sparsity == 0.9 and tokens == 8192")
+    assert line.get_ydata()[1] == pytest.approx(cell["speedup"].item())
+
+
+def test_large_products_need_a_choice_of_backend_or_precision():
+    rows = results.speedups(gpu_squares(precisions=("fp32", "bf16")))
+    with pytest.raises(ValueError, match="one precision a figure"):
+        plots.large_matmuls(rows)
+    with pytest.raises(ValueError, match="one backend a figure"):
+        plots.large_matmuls(rows, by="precision")
+    figure = plots.large_matmuls(rows[rows["backend"] == "torch"], by="precision")
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["fp32", "bf16"]
+    assert not lines_of(figure.axes[0], "published headline")
+
+
+def test_large_products_without_blocks_are_in_every_panel_of_their_precision():
+    figure = gpu_large_by_precision()
+    drawn = [len(lines_of(axes, "2:4, no blocks, at 50%")) for axes in figure.axes]
+    assert drawn == [0] * 8 + [1] * 4
+
+
+# --- throughput ------------------------------------------------------------------------------------------------------
+
+
+def test_throughput_counts_the_blocks_that_are_there():
+    """At 95% of 36 blocks 3 stay: 8.3%, not 5%."""
+    rows = linear((128,), (0.95,), ("gather",))
+    rows = with_dense(rows[rows["model"] == "768x768"])
+    (line,) = lines_of(plots.linear_throughput(rows, 1e9).axes[0], "128×128")
+    expected = 2 * 768 * 768 * 197 * (3 / 36) / rows["value"].iloc[-1] / 1e9
+    np.testing.assert_allclose(line.get_ydata(), [expected])
+
+
+def test_throughput_is_bound_by_memory_in_bf16_only():
+    for precision, bound in (("fp32", False), ("bf16", True)):
+        rows = gpu_linear(GPU_SHAPE, precisions=(precision,))
+        figure = plots.linear_throughput(rows, GPU_PEAK[precision], least(rows))
+        (limit,) = lines_of(figure.axes[0], "limit of arithmetic and bytes, median")
+        assert (limit.get_ydata()[-1] < 0.5) == bound
+        assert (limit.get_ydata() <= 1 + 1e-9).all()
+        assert bool(lines_of(figure.axes[0], "2:4, no blocks")) == (precision == "bf16")
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_the_fastest_compile_mode():
+    rows = results.speedups(gpu_vit(("mlp",), sparsities=(0.9,)))
+    assert rows.query("backend == 'torch' and block_size == 64")["speedup"].nunique() == 3
+    fastest = rows.query("backend == 'torch' and block_size == 64")["speedup"].max()
+    for figure in (plots.model_speedup(rows, "torch", SHARES), plots.batch_sizes(rows, ["torch"])):
+        (line,) = lines_of(figure.axes[0], "64×64")
+        assert list(line.get_ydata()) == [pytest.approx(fastest)]
+
+
+def test_the_model_figure_says_which_backend_over_what():
+    table = gpu_vit()
+    fastest, eager = (results.speedups(table, baseline=b) for b in ("fastest", "eager"))
+    figure = plots.model_speedup(fastest, "torch", SHARES)
+    assert figure.get_suptitle() == "torch: vit_b_16, bf16, batch 256"
+    assert figure.axes[0].get_ylabel() == "speedup over the fastest dense"
+    assert plots.model_speedup(eager, "torch", SHARES).axes[0].get_ylabel() == "speedup over eager dense"
+
+
+def test_published_speedups_follow_from_published_latencies():
+    found = results.published_speedups()
+    cell = ["source", "model", "precision", "block_size", "sparsity"]
+    value = found.set_index(cell)["value"].sort_index()
+    assert value["superblock README", "vit_b_16", "fp32", 64, 0.8] == 532.116 / 393.864
+    assert value["superblock PR 9", "vit_b_16", "bf16", 64, 0.9] == 77.023 / 73.267
+    assert value["torchao superblock", "vit_h_14", "bf16", 64, 0.9] == 489.646 / 315.371
+    assert value["blog", "vit_b_16", "fp32", 32, 0.9] == 1.37, "stated, not derived"
+    two = found[found["scope"] == "2:4"].set_index("model")
+    assert two["block_size"].isna().all() and set(two["sparsity"]) == {0.5}
+    assert two.loc["vit_b_16", "value"] == 61.408 / 59.960
+    assert set(found["precision"]) == {"fp32", "bf16"} and not found["note"].str.contains("int8").any()
+    assert not (found["scope"] == "dense").any() and found["value"].notna().all()
+    assert found["note"].str.contains("ms dense /").sum() == 10, "which are derived is told"
+
+
+def test_published_points_are_hollow_and_where_they_were_published():
+    figure = gpu_model()
+    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
+    points = sorted((line.get_xdata()[0], round(line.get_ydata()[0], 2)) for line in hollow)
+    assert points == [(0.8, 1.29), (0.84, 1.34), (0.9, 1.05), (0.9, 1.44)]
+    assert "published (A100)" in legend_labels(figure)
+    assert not [line for line in figure.axes[1].lines if line.get_markerfacecolor() == "none"]
+    none = plots.model_speedup(vit(batches=(256,)), "torch", SHARES, published().iloc[:0])
+    assert not any("published" in label for label in legend_labels(none))
+
+
+def test_a_published_point_without_blocks_is_drawn():
+    reference = results.published_speedups()
+    two = reference[(reference["scope"] == "2:4") & (reference["model"] == "vit_b_16")].assign(scope="mlp")
+    figure = plots.model_speedup(vit(batches=(256,)), "torch", SHARES, two)
+    (point,) = (line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none")
+    assert point.get_marker() == "X" and point.get_ydata()[0] == pytest.approx(61.408 / 59.960)
+
+
+def test_batch_sizes_with_and_without_bounds():
+    rows = vit(sparsities=(0.9,)).query("scope == 'mlp'")
+    figure = plots.batch_sizes(rows, ["torch", "gather"], limits.amdahl(0.9, 0.64), 16)
+    for axes in figure.axes:
+        (bound,), (start,) = lines_of(axes, "Amdahl's bound"), lines_of(axes, "published: faster from batch 16")
+        assert set(bound.get_ydata()) == {limits.amdahl(0.9, 0.64)} and bound.get_linestyle() == "--"
+        assert set(start.get_xdata()) == {16}
+    plain = legend_labels(plots.batch_sizes(rows, ["torch", "gather"]))
+    assert plain == ["blocks 16×16", "blocks 32×32", "blocks 64×64"]
+
+
+def test_models_and_batches_are_not_mixed():
+    with pytest.raises(ValueError, match="one batch_size a figure"):
+        plots.model_speedup(vit(), "torch", SHARES)
+    with pytest.raises(ValueError, match="one scope a figure"):
+        plots.batch_sizes(vit(), ["torch"])
+
+
+def modes(**how):
+    return gpu_vit(("mlp",), sparsities=(0.9,), **how)
+
+
+def test_execution_modes_are_images_a_second_with_whiskers():
+    rows = modes()
+    axes = plots.execution_modes(rows).axes[0]
+    names = tick_names(axes)
+    assert names[-1] == "dense", "dense at the top"
+    latency = rows.query("backend == 'torch' and block_size == 64 and compile == 'cudagraph'")
+    place = names.index("torch 64×64")
+    points = [line for line in axes.lines if line.get_marker() == "^" and len(line.get_ydata())]
+    (point,) = (line for line in points if round(line.get_ydata()[0]) == place)
+    assert point.get_xdata()[0] == pytest.approx(256 / latency["value"].item())
+    spans = [path.vertices[:, 0] for whisker in axes.collections for path in whisker.get_paths()]
+    expected = [256 / latency["high"].item(), 256 / latency["low"].item()]
+    assert any(np.allclose(span, expected) for span in spans)
+    assert f"{256 / latency['value'].item():,.0f}" in [text.get_text() for text in axes.texts]
+    (line,) = lines_of(axes, "fastest dense")
+    assert line.get_xdata()[0] == pytest.approx(256 / rows[rows["backend"] == "dense"]["value"].min())
+
+
+def test_execution_modes_are_sorted_by_their_fastest():
+    rows = modes()
+    names = tick_names(plots.execution_modes(rows).axes[0])[:-1]
+    best = rows.groupby(["backend", "block_size"], dropna=False)["value"].min()
+    times = [best[n.split()[0], float(n.split("×")[1])] if "×" in n else best["2:4"].min() for n in names]
+    assert times == sorted(times, reverse=True) and len(times) == 16
+
+
+def test_execution_modes_legend_names_those_measured():
+    rows = modes()
+    labels = legend_labels(plots.execution_modes(rows[rows["compile"] != "cudagraph"]))
+    assert labels == ["fastest dense", "eager", "max-autotune"]
+    no_dense = legend_labels(plots.execution_modes(rows[rows["backend"] != "dense"]))
+    assert no_dense == ["eager", "max-autotune", "cudagraph"]
+    unknown = rows.assign(compile=rows["compile"].replace("eager", "another way"))
+    assert "another way" in legend_labels(plots.execution_modes(unknown))
+
+
+@pytest.mark.parametrize(
+    ("how", "column"), [({"batches": (1, 16)}, "batch_size"), ({"scopes": tuple(SHARES)}, "scope")]
+)
+def test_execution_modes_are_of_one_setting(how, column):
+    with pytest.raises(ValueError, match=f"one {column} a figure"):
+        plots.execution_modes(gpu_vit(**{"scopes": ("mlp",), "sparsities": (0.9,), **how}))
+
+
+def test_memory_is_grouped_by_backend_in_colours_of_the_block_size():
+    figure = plots.memory(gpu_memory())
+    left, right = figure.axes
+    names = tick_names(left)
+    assert names[:3] == ["dense", "2:4", "blksprs 16×16"] and len(names) == 17
+    assert len(left.patches) == len(right.patches) == 17
+    dense = gpu_memory().query("backend == 'dense' and metric == 'model_bytes'")["value"].median()
+    assert left.patches[0].get_width() == pytest.approx(dense / 1e6)
+    assert left.patches[1].get_facecolor() == (1, 1, 1, 1), "2:4 is hollow"
+    gaps = np.diff([bar.get_y() for bar in left.patches])
+    assert (gaps > 1.5).sum() == 6 and gaps.min() == pytest.approx(1), "a gap between backends"
+    assert figure.get_figheight() > plots.memory(memory()).get_figheight()
+
+
+# --- overlaps --------------------------------------------------------------------------------------------------------
+
+
+def overlaps(figure: Figure, texts) -> list[tuple[str, str]]:
+    renderer = figure.canvas.get_renderer()
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]
+
+
+def test_labels_of_coinciding_points_do_not_overlap():
+    crowd = [{"block_size": b, "sparsity": s, "speedup": 1.5, "top1": 96.0} for b in (16, 32) for s in (0.5, 0.8)]
+    crowd += [{"block_size": 64, "sparsity": 0.9, "speedup": 1.505, "top1": 96.01}]
+    crowd += [{"block_size": 64, "sparsity": 0.95, "speedup": 2.0, "top1": 92.0}]
+    figure = plots.pareto(pd.DataFrame(crowd), 97.0)
+    figure.canvas.draw()
+    texts = figure.axes[0].texts
+    assert sorted(t.get_text() for t in texts) == ["50%", "50%", "80%", "80%", "90%", "95%"]
+    assert not overlaps(figure, texts)
+
+
 EMPTY = {
     "training_curves": lambda: plots.training_curves(curves().iloc[:0]),
     "kept_blocks": lambda: plots.kept_blocks(KEPT.iloc[:0]),
     "speedup_heatmaps": lambda: plots.speedup_heatmaps(linear(), "no such backend"),
-    "linear_break_even": lambda: plots.linear_break_even(linear().iloc[:0], ["torch"]),
+    "linear_speedup": lambda: plots.linear_speedup(linear().iloc[:0], ["torch"]),
     "linear_throughput": lambda: plots.linear_throughput(linear().iloc[:0], 1e12),
     "model_speedup": lambda: plots.model_speedup(vit().iloc[:0], "torch", SHARES),
     "batch_sizes": lambda: plots.batch_sizes(vit(), ["no such backend"]),
     "memory": lambda: plots.memory(vit()),
+    "contenders": lambda: plots.contenders(linear(), 0.77),
+    "large_matmuls": lambda: plots.large_matmuls(linear()),
+    "execution_modes": lambda: plots.execution_modes(memory()),
     "accuracy": lambda: plots.accuracy(trained().iloc[:0], results.published_losses()),
     "pareto": lambda: plots.pareto(pd.DataFrame(POINTS).iloc[:0], 97.0),
     "only dense curves": lambda: plots.training_curves(curves().query("backend == 'dense'")),
@@ -219,9 +747,9 @@ PARTIAL = {
     "heat maps, cells missing": lambda: plots.speedup_heatmaps(linear(missing=[(64, 0.9), (16, 0.5)]), "torch"),
     "heat maps, one cell": lambda: plots.speedup_heatmaps(linear((32,), (0.9,)), "torch"),
     "heat maps, gpu": lambda: plots.speedup_heatmaps(linear((16, 32, 64, 128), **GPU), "torch"),
-    "break-even, cells missing": lambda: plots.linear_break_even(linear(missing=[(64, 0.9), (16, 0.5)]), ["torch"]),
-    "break-even, one cell": lambda: plots.linear_break_even(linear((32,), (0.9,)), ["torch"]),
-    "break-even, gpu": lambda: plots.linear_break_even(linear((16, 32, 64, 128), **GPU), ["torch"]),
+    "break-even, cells missing": lambda: plots.linear_speedup(linear(missing=[(64, 0.9), (16, 0.5)]), ["torch"]),
+    "break-even, one cell": lambda: plots.linear_speedup(linear((32,), (0.9,)), ["torch"]),
+    "break-even, gpu": lambda: plots.linear_speedup(linear((16, 32, 64, 128), **GPU), ["torch"]),
     "throughput, one cell": lambda: plots.linear_throughput(with_dense(linear((32,), (0.9,))), 1e12),
     "model, cells missing": lambda: plots.model_speedup(
         vit(batches=(256,), missing=[(64, 0.9), (16, 0.5)], precision="bf16"), "gather", SHARES, published()
@@ -231,6 +759,15 @@ PARTIAL = {
     "accuracy, cells missing": lambda: plots.accuracy(trained(missing=[(8, 0.9)]), results.published_losses()),
     "accuracy, one cell": lambda: plots.accuracy(trained((32,), (0.9,)), results.published_losses()),
     "curves, cells missing": lambda: plots.training_curves(curves(missing=[(8, 0.9)])),
+    "2:4 alone, heat map": lambda: plots.speedup_heatmaps(gpu_speedups(precisions=("bf16",)), "2:4"),
+    "2:4 alone, model": lambda: plots.model_speedup(results.speedups(gpu_vit()), "2:4", SHARES),
+    "contenders, cells missing": lambda: plots.contenders(linear(missing=[(64, 0.9)]), 0.9),
+    "large, one cell": lambda: plots.large_matmuls(
+        results.speedups(gpu_squares()).query("block_size == 64 and sparsity == 0.9 and tokens == 4096")
+    ),
+    "throughput, no dense": lambda: plots.linear_throughput(linear((32,), (0.9,)), 1e12),
+    "modes, one": lambda: plots.execution_modes(gpu_vit(("mlp",), sparsities=(0.9,)).iloc[:1]),
+    "memory, one metric": lambda: plots.memory(memory().query("metric == 'model_bytes' or backend == 'dense'")),
     "pareto, one point": lambda: plots.pareto(pd.DataFrame(POINTS[:1]), 97.0),
 }
 
@@ -246,7 +783,7 @@ def test_unfinished_tables_are_drawn(name, tmp_path):
 def test_a_legend_names_block_sizes_that_the_first_panel_lacks():
     table = linear()
     table = table[(table["model"] != LAYERS[0]) | (table["block_size"] != 64)]
-    assert "blocks 64×64" in legend_labels(plots.linear_break_even(table, ["torch"]))
+    assert "blocks 64×64" in legend_labels(plots.linear_speedup(table, ["torch"]))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +804,15 @@ def test_a_legend_names_block_sizes_that_the_first_panel_lacks():
 def test_break_even(sparsity, speedup, expected):
     found = break_even(sparsity, speedup)
     assert found is None if expected is None else found == pytest.approx(expected)
+
+
+def test_break_even_on_a_logarithmic_axis():
+    assert break_even([0.5, 0.9], [0.25, 4.0], log=True) == pytest.approx(0.7), "halfway, as 1/4 and 4 are as far off"
+    assert break_even([0.5, 0.9], [0.25, 4.0]) == pytest.approx(0.5 + 0.4 * 0.75 / 3.75)
+    for log in (False, True):  # where a measured point stands at 1, and where nothing is interpolated, they agree
+        assert break_even([0.5, 0.7, 0.9], [0.5, 1.0, 1.5], log=log) == pytest.approx(0.7)
+        assert break_even([0.5, 0.9], [1.2, 1.5], log=log) == 0.5
+        assert break_even([0.5, 0.9], [1.2, 0.9], log=log) is None
 
 
 def test_break_even_leaves_its_arguments_alone():

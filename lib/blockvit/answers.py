@@ -1,0 +1,92 @@
+"""What the tables say, in sentences and small tables: the notebooks' answers, computed. No torch, no drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+
+from .limits import amdahl
+from .plots import break_even
+
+AT = 0.9
+"""The sparsity at which the post states its speedups."""
+
+
+def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
+    """Break-even sparsity by block size: ``16: 86%, 32: never, 64: at 50% or below``; empty without a sweep.
+
+    The speedup at a sparsity is the median over the rows that have it; ``log`` as in ``plots.break_even``, so that
+    text and figure agree.
+    """
+    texts = []
+    for block, cell in speedups.groupby("block_size"):
+        line = cell.groupby("sparsity")["speedup"].median()
+        if len(line) < 2:
+            continue
+        edge = break_even(list(line.index), list(line), log=log)
+        below = edge is not None and edge <= line.index.min()
+        text = "never" if edge is None else f"at {edge:.0%} or below" if below else f"{edge:.0%}"
+        texts.append(f"{block:.0f}: {text}")
+    return ", ".join(texts)
+
+
+def linear_lines(speedups: pd.DataFrame, sparsity: float = AT) -> Iterator[str]:
+    """A Markdown line for each backend of ``speedups``, whose rows are linear layers of one precision."""
+    for backend, mine in speedups.groupby("backend"):
+        at = mine[mine["sparsity"] == sparsity]["speedup"]
+        line = f"- `{backend}`: {(mine['speedup'] > 1).sum()} of {len(mine)} cells are faster than dense"
+        if len(at):
+            line += f"; at {sparsity:.0%} the median speedup is {at.median():.2f}× ({at.min():.2f}× to {at.max():.2f}×)"
+        edges = break_even_text(mine, log=True)
+        yield line + (f". Break-even sparsity of the median layer by block size: {edges}." if edges else ".")
+
+
+def model_lines(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity: float = AT) -> Iterator[str]:
+    """A Markdown line for each backend and scope of ``speedups``: one model, one batch size, one precision.
+
+    Args:
+        speedups: may hold several ways to run a backend; the fastest of a cell counts.
+        shares: for each scope, the share of the model's arithmetic that it holds.
+        sparsity: at which the best speedup is told.
+    """
+    cell = ["backend", "scope", "block_size", "sparsity"]
+    fastest = speedups.sort_values("speedup").drop_duplicates(cell, keep="last")
+    for (backend, scope), mine in fastest.groupby(["backend", "scope"]):
+        at = mine[mine["sparsity"] == sparsity].sort_values("speedup")
+        if at.empty:
+            continue
+        top, edges = at.iloc[-1], break_even_text(mine)
+        yield (
+            f"- `{backend}`, {scope}: at {sparsity:.0%} at best {top['speedup']:.2f}× (20% to 80%: "
+            f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×) with blocks of {top['block_size']:.0f}"
+            f"{'' if top['compile'] == 'eager' else ', ' + top['compile']}, of the "
+            f"{amdahl(sparsity, shares[scope]):.2f}× that Amdahl's law allows."
+            + (f" Break-even sparsity by block size: {edges}." if edges else "")
+        )
+
+
+def model_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Latency (ms), images a second, weights and peak memory (MB) of each variant of one model, fastest first.
+
+    ``rows`` are of one batch size, precision, scope, block size and sparsity, dense ones among them.
+    """
+    latency = rows[rows["metric"] == "latency"].set_index(["backend", "compile"])
+    table = pd.DataFrame(
+        {
+            "ms": latency["value"] * 1e3,
+            "20%": latency["low"] * 1e3,
+            "80%": latency["high"] * 1e3,
+            "images/s": latency["batch_size"] / latency["value"],
+        }
+    )
+    for column, metric in {"weights MB": "model_bytes", "peak MB": "peak_memory"}.items():
+        held = rows[rows["metric"] == metric].set_index(["backend", "compile"])["value"] / 1e6
+        table[column] = held.reindex(table.index)
+    return table.sort_values("ms").dropna(axis="columns", how="all").round(2)
+
+
+def batch_line(speedups: pd.DataFrame) -> str:
+    """The best speedup of each batch size and what reached it: ``0.81× (1, torch), 1.10× (16, torch_tuned)``."""
+    best = speedups.sort_values("speedup").drop_duplicates("batch_size", keep="last").sort_values("batch_size")
+    return ", ".join(f"{row.speedup:.2f}× ({row.batch_size:.0f}, {row.backend})" for row in best.itertuples())
