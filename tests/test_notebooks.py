@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+import synthetic_gpu
 
-from blockvit import pipeline, results
+from blockvit import notebook, pipeline, results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
@@ -54,6 +56,15 @@ def test_profiles_name_only_what_exists(profile):
     found = pipeline.read_profile(FOLDER / "profiles", profile, notebooks)
     assert found.description
     assert set(found.notebooks) <= {notebook.name for notebook in notebooks}
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert set(found.tests) <= {marker.split(":")[0] for marker in settings["markers"]}
+    sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
+    assert all(f"@pytest.mark.{marker}\n" in sources for marker in found.tests)
+
+
+def test_the_gpu_profile_tests_its_kernels_before_it_times_them():
+    found = pipeline.read_profile(FOLDER / "profiles", "gpu", pipeline.find_notebooks(FOLDER))
+    assert (found.requires, found.tests) == (("cuda",), ("gpu",))
 
 
 @each_notebook
@@ -63,7 +74,7 @@ def test_the_title_is_a_question_and_the_end_a_computed_answer(path):
     assert re.match(r"# \d+\. .+\?$", first.source.splitlines()[0])
     assert heading.cell_type == "markdown" and heading.source.strip() == "## Answer"
     assert answer.cell_type == "code"
-    assert re.search(r"display\(\s*Markdown\(\s*(f\"|text)", answer.source), "its numbers are computed"
+    assert re.search(r"display\(\s*Markdown\(\s*(f\"|text|\"\\n\"\.join)", answer.source), "its numbers are computed"
     titles = [line for cell in cells(path, "markdown") for line in cell.source.splitlines() if line.startswith("# ")]
     assert len(titles) == 1
 
@@ -87,6 +98,45 @@ def test_code_compiles(path):
     for number, cell in enumerate(cells(path)):
         if cell.cell_type == "code":
             compile(cell.source, f"{path.name}[{number}]", "exec")
+
+
+@pytest.mark.parametrize("name", ["03_microbenchmarks", "04_vit_speedup", "06_claims"])
+def test_the_gpu_profile_is_drawn_from_a_table_without_a_gpu(name, tmp_path, gpu_table):
+    """Every figure and sentence of ``PROFILE=gpu``, from made-up rows: nothing is measured, no device is needed."""
+    notebooks = pipeline.find_notebooks(FOLDER)
+    profile = pipeline.read_profile(FOLDER / "profiles", "gpu", notebooks)
+    overrides = {"results_dir": str(gpu_table), "draw_for": synthetic_gpu.DEVICE}
+    if name == "03_microbenchmarks":
+        overrides["precisions"] = ["fp32", "bf16"]  # a third class draws the same once more
+    ((chosen, values),) = pipeline.plan(notebooks, profile, only=[name], overrides=overrides)
+    environment = {"BLOCKVIT_HOME": str(REPOSITORY), "BLOCKVIT_FIGURES": str(tmp_path / "figures")}
+    notebook.execute(chosen, values, tmp_path / f"{name}.ipynb", environment=environment)
+    drawn = {path.stem for path in (tmp_path / "figures" / "gpu").glob("*")}
+    assert drawn >= GPU_FIGURES[name]
+    text = "\n".join(output_texts(tmp_path / f"{name}.ipynb"))
+    assert "bf16" in text and "not measured in this profile" not in text
+
+
+@pytest.fixture(scope="module")
+def gpu_table(tmp_path_factory):
+    return synthetic_gpu.fill(results.Store(tmp_path_factory.mktemp("results"))).root
+
+
+GPU_FIGURES = {
+    "03_microbenchmarks": {
+        f"linear_{what}_{precision}"
+        for what in ("speedup", "contenders", "large", "throughput")
+        for precision in ("fp32", "bf16")
+    }
+    | {f"linear_heatmap_{precision}_{b}" for precision in ("fp32", "bf16") for b in ("torch", "torch_tuned")},
+    "04_vit_speedup": {
+        f"vit_{what}_{precision}"
+        for what in ("speedup", "batch_sizes", "modes", "memory")
+        for precision in ("fp32", "bf16")
+    }
+    | {"vit_speedup_fp32_like_for_like", "vit_speedup_bf16_like_for_like"},
+    "06_claims": {"claims"},
+}
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):

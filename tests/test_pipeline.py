@@ -148,6 +148,9 @@ def test_wrong_usage_is_refused_before_anything_runs(study, options, message):
         ("01_first: 3", "01_first is 3, expected a mapping"),
         ("notebooks: [01_frist]", "did you mean '01_first'"),
         ("requires: cdua", "did you mean 'cuda'"),
+        ("test: gpu", "unknown key 'test'; did you mean 'tests'"),
+        ("tests: not gpu", "tests names 'not gpu', expected a pytest marker"),
+        ("tests: [gpu, 3]", "tests names '3', expected a pytest marker"),
         ("all: [", "is no YAML"),
         ("- 1", "expected a mapping"),
     ],
@@ -264,6 +267,131 @@ def test_publishing_refuses_paths_of_the_machine(finished, tmp_path):
     executed.write_text(text.replace(str(finished.root), str(Path(sys.prefix) / "lib")))
     with pytest.raises(PublishError, match="01_first, cell 4: an output names"):
         published(finished.root / "notebooks" / "01_first.ipynb", executed, finished.root)
+
+
+# tests before the notebooks
+
+MARKED = """
+import os
+import pytest
+
+@pytest.mark.gpu
+def test_computes():
+    open("tested.txt", "a").write("gpu ")
+    assert os.environ["BLOCKVIT_HOME"] == os.getcwd()
+
+@pytest.mark.slow
+def test_takes_long():
+    open("tested.txt", "a").write("slow ")
+
+def test_other():
+    open("tested.txt", "a").write("other ")
+"""
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The names of the notebooks that a run came to, in place of running them."""
+    names = []
+    monkeypatch.setattr(pipeline, "execute", lambda notebook, *_, **__: names.append(notebook.name))
+    return names
+
+
+@pytest.fixture
+def checked(study, monkeypatch, executed):
+    """A study whose profile names tests, none of which is there yet."""
+    write_profile(study, "checked", "tests: gpu\nnotebooks: [02_second]\n")
+    (study / "tests").mkdir()
+    monkeypatch.setenv("BLOCKVIT_HOME", str(study))
+    return study
+
+
+def write_tests(root, text):
+    (root / "tests" / "test_study.py").write_text(text)
+
+
+def test_profiles_tests_run_before_its_notebooks(checked, executed, monkeypatch):
+    write_tests(checked, MARKED)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # continuous integration sets it; the line is to be read all the same
+    output = io.StringIO()
+    pipeline.reproduce("checked", root=checked, output=output)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "[tests] gpu  0:00"
+    assert re.fullmatch(r"\[tests\] gpu  0:\d\d  done  1 passed, 2 deselected.* in [\d.]+s", lines[1])
+    assert lines[2].startswith("[1/1] 02_second  cell 0/")
+    assert (checked / "tested.txt").read_text() == "gpu " and executed == ["02_second"]
+    assert "1 passed" in (checked / "build" / "checked" / "tests.log").read_text()
+
+
+def test_progress_of_tests_is_one_living_line_on_a_terminal(checked):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    write_tests(checked, MARKED)
+    pipeline.run_tests(["gpu"], checked, checked / "tests.log", output := Terminal())
+    assert output.getvalue().startswith("\r\x1b[2K[tests] gpu  0:00\r\x1b[2K[tests] gpu  0:0")
+    assert output.getvalue().count("\n") == 1 and output.getvalue().endswith("s\n")
+
+
+def test_a_profile_may_name_several_markers(checked, executed):
+    write_profile(checked, "checked", "tests: [gpu, slow]\nnotebooks: [02_second]\n")
+    write_tests(checked, MARKED)
+    pipeline.reproduce("checked", root=checked, output=(output := io.StringIO()))
+    assert (checked / "tested.txt").read_text() == "gpu slow "
+    assert "[tests] gpu or slow  0:0" in output.getvalue() and executed == ["02_second"]
+
+
+FAILING = f"{MARKED}\n@pytest.mark.gpu\ndef test_fails():\n    assert 1 == 2, 'far off'\n"
+SKIPPED = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip(reason='no device')\ndef test_computes(): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FAILING, r"the tests marked gpu did not pass \(1 failed, 1 passed, 2 deselected.*\), so no notebook was run"),
+        ("import nowhere", r"the tests marked gpu did not pass \(1 error.*\)"),
+        ("def test_other(): pass", r"no test marked gpu was run \(1 deselected.*\)"),
+        (SKIPPED, r"no test marked gpu was run \(1 skipped.*\)"),
+    ],
+    ids=["failed", "broken", "none", "skipped"],
+)
+def test_tests_that_do_not_pass_stop_the_run(checked, executed, capsys, text, message):
+    write_tests(checked, text)
+    assert pipeline.main(["--profile", "checked"]) == 1
+    out, err = capsys.readouterr()
+    log = checked / "build" / "checked" / "tests.log"
+    assert re.match(f"error: {message}", err) and len(err.splitlines()) == 1 and str(log) in err
+    assert log.exists() and "  stopped  1 " in out
+    assert executed == [] and not (checked / "build" / "checked" / "report.html").exists()
+    assert pipeline.main(["--profile", "checked", "--no-tests"]) == 0
+    assert executed == ["02_second"] and "[tests]" not in capsys.readouterr().out
+
+
+def test_missing_pytest_is_told_before_anything_runs(checked, executed, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "pytest" else name)
+    assert pipeline.main(["--profile", "checked"]) == 2
+    err = capsys.readouterr().err
+    assert "pytest is not installed; run make install, or leave them out with --no-tests" in err
+    assert len(err.splitlines()) == 1 and executed == [] and not (checked / "build").exists()
+    assert pipeline.main(["--profile", "checked", "--no-tests"]) == 0
+
+
+def test_missing_cuda_is_told_before_the_tests(checked, executed, monkeypatch, capsys):
+    write_profile(checked, "gpu", "requires: cuda\ntests: gpu\n")
+    write_tests(checked, MARKED)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # nor is the lack of pytest what to tell first
+    assert pipeline.main(["--profile", "gpu"]) == 3
+    out, err = capsys.readouterr()
+    assert err.startswith("error: profile gpu requires a CUDA device") and len(err.splitlines()) == 1 and out == ""
+    assert executed == [] and not (checked / "tested.txt").exists() and not (checked / "build").exists()
+
+
+def test_no_tests_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        pipeline.main(["--help"])
+    assert "--no-tests" in capsys.readouterr().out
 
 
 def test_failure_names_the_cell_keeps_outputs_and_stops(study, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 ``python -m blockvit.pipeline --profile gpu`` executes ``notebooks/NN_*.ipynb`` by name. A notebook's own defaults are
 the laptop profile; ``notebooks/profiles/<profile>.yaml`` and then the command line override them. Executed copies and
 ``report.html`` go to ``build/<profile>/``. Measured rows are kept by the library: a rerun measures what is missing.
+A profile may have tests run first: what computes wrongly is not worth timing.
 
 A run holds a lock on its profile's build folder. Two runs of one profile would write the same copies and, worse, time
 the same rows on one machine at once; the second is refused and loses nothing by waiting.
@@ -14,10 +15,12 @@ import argparse
 import difflib
 import fcntl
 import html
+import importlib.util
 import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -49,7 +52,18 @@ class BusyError(RuntimeError):
     """Another run of the same profile is under way."""
 
 
-EXIT_CODES = {NotebookError: 1, PublishError: 1, UsageError: 2, MissingDeviceError: 3, BusyError: 4}
+class FailedTestsError(RuntimeError):
+    """The tests that the profile names did not pass."""
+
+
+EXIT_CODES = {
+    NotebookError: 1,
+    PublishError: 1,
+    FailedTestsError: 1,
+    UsageError: 2,
+    MissingDeviceError: 3,
+    BusyError: 4,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Profile:
     name: str
     description: str = ""
     requires: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    """Markers of the tests to run before the notebooks."""
     notebooks: tuple[str, ...] = ()
     shared: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -73,6 +89,7 @@ def reproduce(
     remeasure: bool = False,
     publish: bool = False,
     readme: bool = True,
+    tests: bool = True,
     root: str | os.PathLike | None = None,
     output: TextIO | None = None,
 ) -> Path:
@@ -87,6 +104,7 @@ def reproduce(
         publish: afterwards, write the outputs into the repository's notebooks, to be committed. Takes all notebooks
             with their own defaults.
         readme: refresh README.md's claims after a run that decided them.
+        tests: first run the tests that the profile names.
         root: the repository; found by ``results.repository`` if None.
         output: where progress is shown; standard output if None.
 
@@ -94,9 +112,11 @@ def reproduce(
         The path of the HTML report.
 
     Raises:
-        UsageError: an unknown profile, notebook or parameter, or a value of the wrong kind; nothing was run.
+        UsageError: an unknown profile, notebook or parameter, a value of the wrong kind, or no pytest for the profile's
+            tests; nothing was run.
         MissingDeviceError: the profile requires a device that is not there; nothing was run.
         BusyError: a run of this profile is under way.
+        FailedTestsError: the profile's tests did not pass; no notebook was run.
         NotebookError: a cell failed; later notebooks were not run.
         PublishError: the outputs may not be committed; the repository's notebooks are unchanged.
     """
@@ -116,11 +136,16 @@ def reproduce(
         # A missing marker is told now, not after the last notebook.
         _section(root / "README.md", "claims", _text(root / "README.md"))
     _check_requirements(chosen)
+    markers = chosen.tests if tests else ()
+    if markers:
+        _check_pytest(chosen)
 
     build = root / "build" / chosen.name
     with _locked(build):
+        if markers:
+            run_tests(markers, root, build / "tests.log", output)
         for number, (notebook, values) in enumerate(steps, 1):
-            with _Progress(f"[{number}/{len(steps)}] {notebook.name}", notebook.cells, output) as progress:
+            with _Progress(f"[{number}/{len(steps)}] {notebook.name}", output, notebook.cells) as progress:
                 copy = build / notebook.path.name
                 execute(notebook, values, copy, environment=_environment(root), on_cell=progress.cell)
         copies = [build / n.path.name for n in notebooks if completed(build / n.path.name)]
@@ -189,7 +214,7 @@ def read_profile(folder: Path, name: str, notebooks: Sequence[Notebook]) -> Prof
         raise UsageError(_unknown("profile", name, known))
     content = _yaml((folder / f"{name}.yaml").read_text(encoding="utf-8"), f"profile {name}") or {}
     by_name = {notebook.name: notebook for notebook in notebooks}
-    keys = ["description", "requires", "notebooks", "all", *by_name]
+    keys = ["description", "requires", "tests", "notebooks", "all", *by_name]
     for key in _mapping(content, f"profile {name}"):
         if key not in keys:
             raise UsageError(f"profile {name}: {_unknown('key', key, keys)}")
@@ -197,6 +222,7 @@ def read_profile(folder: Path, name: str, notebooks: Sequence[Notebook]) -> Prof
         name,
         description=str(content.get("description", "")),
         requires=_names(content.get("requires")),
+        tests=_names(content.get("tests")),
         notebooks=_names(content.get("notebooks")),
         shared=_mapping(content.get("all"), f"profile {name}, all"),
         own={key: _mapping(content.get(key), f"profile {name}, {key}") for key in by_name},
@@ -207,6 +233,9 @@ def read_profile(folder: Path, name: str, notebooks: Sequence[Notebook]) -> Prof
     for requirement in profile.requires:
         if requirement != "cuda":
             raise UsageError(f"profile {name}: {_unknown('requirement', requirement, ['cuda'])}")
+    for marker in profile.tests:
+        if not marker.isidentifier():
+            raise UsageError(f"profile {name}: tests names {marker!r}, expected a pytest marker or a list, e.g. gpu")
     return profile
 
 
@@ -300,6 +329,52 @@ def _check_requirements(profile: Profile) -> None:
         )
 
 
+_NO_TESTS_COLLECTED = 5  # pytest's exit code
+
+
+def _check_pytest(profile: Profile) -> None:
+    if importlib.util.find_spec("pytest") is None:
+        raise UsageError(
+            f"profile {profile.name} runs the tests marked {' or '.join(profile.tests)} first, and pytest is not "
+            "installed; run make install, or leave them out with --no-tests"
+        )
+
+
+def run_tests(markers: Sequence[str], root: Path, log: Path, output: TextIO) -> None:
+    """Run the tests that have one of ``markers``, in a process of their own; what pytest says goes to ``log``.
+
+    Raises:
+        FailedTestsError: a test failed, or none was run.
+    """
+    marked = " or ".join(markers)
+    command = [sys.executable, "-m", "pytest", str(root / "tests"), "-m", marked, "-q", "--color=no"]
+    with _Progress(f"[tests] {marked}", output) as progress:
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                command,
+                cwd=root,
+                env={**os.environ, **_environment(root)},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        progress.note = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        # Tests that were all skipped leave pytest content, and nothing tested.
+        none_ran = code == _NO_TESTS_COLLECTED or (code == 0 and not re.search(r"\b\d+ passed\b", progress.note))
+        if none_ran:
+            raise FailedTestsError(
+                f"no test marked {marked} was run ({progress.note}), so no notebook was; {log} says why. Mark tests "
+                "below tests/, name other markers in the profile, or leave them out with --no-tests"
+            )
+        if code:
+            raise FailedTestsError(
+                f"the tests marked {marked} did not pass ({progress.note or f'exit code {code}'}), so no notebook was "
+                f"run: what computes wrongly is not timed; read {log} and repair what fails"
+            )
+
+
 @contextmanager
 def _locked(build: Path) -> Iterator[None]:
     """Hold the build folder; the system lets go of it when the process ends, however it ends."""
@@ -320,10 +395,14 @@ def _locked(build: Path) -> Iterator[None]:
 
 
 class _Progress:
-    """Cell and elapsed time of one notebook: a living line on a terminal, else a line now and then for the log."""
+    """Elapsed time of one step, and its cell: a living line on a terminal, else a line now and then for the log.
 
-    def __init__(self, label: str, cells: int, output: TextIO) -> None:
+    ``note``, where it is set, is shown at the end.
+    """
+
+    def __init__(self, label: str, output: TextIO, cells: int | None = None) -> None:
         self._label, self._cells, self._output = label, cells, output
+        self.note = ""
         self._live = output.isatty()
         self._number = 0
         self._begin = time.monotonic()
@@ -353,7 +432,8 @@ class _Progress:
     def _show(self, state: str, *, last: bool = False) -> None:
         seconds = round(time.monotonic() - self._begin)
         elapsed = f"{seconds // 60}:{seconds % 60:02}"
-        line = f"{self._label}  cell {self._number}/{self._cells}  {elapsed}  {state}".rstrip()
+        cell = "" if self._cells is None else f"cell {self._number}/{self._cells}"
+        line = "  ".join(part for part in (self._label, cell, elapsed, state, self.note) if part)
         self._output.write(f"\r\x1b[2K{line}" + "\n" * last if self._live else f"{line}\n")
         self._output.flush()
 
@@ -495,7 +575,7 @@ def _origin(copy: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 a failed notebook, 2 wrong usage, 3 no such device, 4 busy."""
+    """The command line; returns the exit code: 1 failed notebook or tests, 2 wrong usage, 3 no such device, 4 busy."""
     options = _parser().parse_args(arguments)
     try:
         reproduce(
@@ -506,6 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             remeasure=options.remeasure,
             publish=options.publish,
             readme=not options.no_readme,
+            tests=not options.no_tests,
         )
     except tuple(EXIT_CODES) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -538,6 +619,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--remeasure", action="store_true", help="measure again what has been measured already")
     parser.add_argument("--publish", action="store_true", help="write the outputs into notebooks/, to be committed")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the tests that the profile names first")
     return parser
 
 
