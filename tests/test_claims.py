@@ -455,13 +455,25 @@ def test_c7_on_a_cpu(store, speedup, width, expected):
     rows = vit(16, 0.9, 1, gather=speedup, torch=0.1, width=width) + vit(32, 0.9, 1, gather=speedup / 2)
     found = verdict("C7", store, rows)
     assert found.verdict == expected
-    assert f"best backend {speedup:.2f}× (gather, mlp at 90%, block 16)" in found.number
+    assert f"best backend {speedup:.2f}× (gather, mlp at 90%, block 16, over eager dense PyTorch)" in found.number
     assert "PyTorch's BSR at best 0.10×" in found.number
 
 
 def test_c7_is_about_batch_size_1_and_not_about_gpus(store):
     assert verdict("C7", store, vit(16, 0.9, 2, gather=3.0)) == claims.NOT_MEASURED
     assert verdict("C7", store, vit(16, 0.9, 1, gather=3.0, where=GPU)) == claims.NOT_MEASURED
+
+
+def test_c7_is_about_all_threads_of_a_device(store):
+    rows = vit(16, 0.9, 1, gather=1.5) + vit(16, 0.9, 1, gather=9.0, where={**CPU, "threads": 1})
+    assert "best backend 1.50×" in verdict("C7", store, rows).number
+
+
+def test_c7_is_decided_against_the_strongest_field_of_dense_engines(store):
+    weak = vit(16, 0.9, 1, gather=5.0, scope="all")
+    strong = vit(16, 0.9, 1, gather=4.0, dense={"eager": 1.0, "compile": 0.8, "openvino": 0.5})
+    found = verdict("C7", store, weak + strong)
+    assert "best backend 2.00× (gather, mlp at 90%, block 16, over dense with openvino)" in found.number
 
 
 # --- C8, C9: accuracy ------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import itertools
+import pkgutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +12,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from blockvit import limits, plots, results
-from blockvit.plots import break_even
 
 SHARES = {"mlp": 0.64, "mlp+attention": 0.95}
 LAYERS = ("768x768", "3072x768")
@@ -88,6 +89,30 @@ KEPT = pd.DataFrame(
     [{"layer": n, "mask": kind, "kept": k} for n in "ab" for kind in ("learnt", "random") for k in (1, 2, 4)]
 )
 POINTS = [{"block_size": b, "sparsity": s, "speedup": 1 + s, "top1": 97 - s} for b in (16, 32) for s in (0.5, 0.8, 0.9)]
+
+
+def on_device(metrics=("latency",), threads=(1, 2, 4)) -> pd.DataFrame:
+    """Three variants at batch size 1: 8 ms over the threads, times a factor a variant and a metric."""
+    variants = [
+        ("dense", "eager", "dense", 4.0), ("dense", "openvino", "dense", 2.0), ("cpu", "eager", "mlp", 1.0),
+        ("cpu+dense", "eager", "all", 0.5),
+    ]  # fmt: skip
+    tail = {"latency": 1.0, "latency_p90": 1.25, "latency_p99": 2.0}
+    rows = [
+        {"backend": b, "compile": c, "scope": s, "threads": n, "metric": m, "value": 8e-3 / n * f * tail[m]}
+        | ({} if b == "dense" else {"block_size": 64, "sparsity": 0.9})
+        for (b, c, s, f), n, m in itertools.product(variants, threads, metrics)
+    ]
+    return frame(rows, model="vit_b_16", precision="fp32", batch_size=1)
+
+
+def tails() -> pd.DataFrame:
+    return on_device(("latency", "latency_p90", "latency_p99"), threads=(4,))
+
+
+def roofline(peak: float = 2e12, bandwidth: float = 1e11):
+    rows = with_dense(linear()).assign(precision="fp32")
+    return plots.roofline(rows, limits.linear_seconds(rows, peak), peak, bandwidth)
 
 
 def published() -> pd.DataFrame:
@@ -236,6 +261,9 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "batch_sizes": (lambda: plots.batch_sizes(vit(sparsities=(0.9,)).query("scope=='mlp'"), ["torch", "gather"]), 2, 3),
     "execution_modes": (lambda: plots.execution_modes(gpu_vit(("mlp",), sparsities=(0.9,))), 1, 0),
     "memory": (lambda: plots.memory(memory()), 2, 0),
+    "latency_tails": (lambda: plots.latency_tails(tails()), 1, 0),
+    "threads": (lambda: plots.threads(on_device()), 1, 0),
+    "roofline": (roofline, 2, 3),
     "accuracy": (lambda: plots.accuracy(trained(), results.published_losses()), 2, 3),
     "pareto": (lambda: plots.pareto(pd.DataFrame(POINTS), 97.0), 1, 2),
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
@@ -300,14 +328,19 @@ def test_figure(name, tmp_path):
 
 
 def test_every_public_figure_is_drawn_here():
+    modules = [
+        importlib.import_module(f"blockvit.plots.{module.name}") for module in pkgutil.iter_modules(plots.__path__)
+    ]
     public = {
         name
-        for name, function in vars(plots).items()
-        if getattr(function, "__module__", "") == plots.__name__
+        for module in modules
+        for name, function in vars(module).items()
+        if getattr(function, "__module__", "") == module.__name__
         and not name.startswith("_")
         and getattr(function, "__annotations__", {}).get("return") == "Figure"
     }
     assert public - {"save"} == {name for name in FIGURES if "gpu" not in name} | {"block_masks"}
+    assert public <= set(plots.__all__), "drawn as plots.<name> by the notebooks"
 
 
 def test_block_masks():
@@ -362,7 +395,7 @@ def test_break_even_ticks_lie_on_the_drawn_lines():
         ((tick,), (line,)) = ticks_of(axes), lines_of(axes, "32×32")
         assert axes.get_yscale() == "log"
         assert on_drawn_line(line, tick.get_xdata()[0]) == pytest.approx(1)
-        straight = break_even(line.get_xdata(), line.get_ydata())
+        straight = results.break_even(line.get_xdata(), line.get_ydata())
         assert tick.get_xdata()[0] != pytest.approx(straight, abs=1e-3), "the two interpolations differ here"
 
 
@@ -786,42 +819,53 @@ def test_a_legend_names_block_sizes_that_the_first_panel_lacks():
     assert "blocks 64×64" in legend_labels(plots.linear_speedup(table, ["torch"]))
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "speedup", "expected"),
-    [
-        ([0.5, 0.7, 0.9], [0.2, 0.5, 0.9], None),
-        ([0.5, 0.7, 0.9], [1.2, 1.5, 1.9], 0.5),
-        ([0.5, 0.7, 0.9], [0.6, 0.9, 1.1], 0.8),
-        ([0.9, 0.5, 0.7], [1.1, 0.6, 0.9], 0.8),  # unsorted
-        ([0.5, 0.6, 0.7, 0.9], [1.2, 1.1, 0.9, 1.1], 0.8),  # dips below again: the last crossing counts
-        ([0.5, 0.7, 0.9], [0.5, 1.0, 1.5], 0.7),  # 1 is not yet faster
-        ([0.5, 0.7, 0.9], [1.5, 1.2, 0.9], None),  # not above 1 at the end
-        ([0.9], [1.5], 0.9),
-        ([0.9], [1.0], None),
-        ([], [], None),
-    ],
-)
-def test_break_even(sparsity, speedup, expected):
-    found = break_even(sparsity, speedup)
-    assert found is None if expected is None else found == pytest.approx(expected)
-
-
-def test_break_even_on_a_logarithmic_axis():
-    assert break_even([0.5, 0.9], [0.25, 4.0], log=True) == pytest.approx(0.7), "halfway, as 1/4 and 4 are as far off"
-    assert break_even([0.5, 0.9], [0.25, 4.0]) == pytest.approx(0.5 + 0.4 * 0.75 / 3.75)
-    for log in (False, True):  # where a measured point stands at 1, and where nothing is interpolated, they agree
-        assert break_even([0.5, 0.7, 0.9], [0.5, 1.0, 1.5], log=log) == pytest.approx(0.7)
-        assert break_even([0.5, 0.9], [1.2, 1.5], log=log) == 0.5
-        assert break_even([0.5, 0.9], [1.2, 0.9], log=log) is None
-
-
-def test_break_even_leaves_its_arguments_alone():
-    sparsity, speedup = [0.9, 0.5], [1.5, 0.5]
-    break_even(sparsity, speedup)
-    assert (sparsity, speedup) == ([0.9, 0.5], [1.5, 0.5])
-
-
 def test_save_makes_its_folder(tmp_path: Path):
     figure = plots.pareto(pd.DataFrame(POINTS), 97.0)
     assert plots.save(figure, tmp_path / "new" / "folder", "name") is figure
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["name.png", "name.svg"]
+
+
+# --- on the device ---------------------------------------------------------------------------------------------------
+
+
+def test_latency_tails_are_milliseconds_the_fastest_uppermost():
+    (axes,) = plots.latency_tails(tails()).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "dense, eager", "dense, openvino", "cpu, mlp sparse", "cpu+dense, all sparse",
+    ]  # fmt: skip
+    places = {
+        (line.get_marker(), line.get_ydata()[0]): line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())
+    }
+    assert places["o", 3] == pytest.approx(1.0) and places["|", 3] == pytest.approx(1.25)
+    assert places["o", 0] == pytest.approx(8.0) and places[">", 0] == pytest.approx(16.0)
+    assert "1 / 2" in [text.get_text() for text in axes.texts]
+
+
+def test_a_variant_without_tails_is_left_out_and_two_batches_are_refused():
+    rows = tails()
+    (axes,) = plots.latency_tails(rows[~((rows["scope"] == "mlp") & (rows["metric"] == "latency_p99"))]).axes
+    assert len(axes.get_yticklabels()) == 3
+    with pytest.raises(ValueError, match="one batch_size a figure"):
+        plots.latency_tails(pd.concat([rows, rows.assign(batch_size=8)]))
+
+
+def test_threads_has_a_line_a_variant_dense_ones_first_and_dashed():
+    figure = plots.threads(on_device())
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines) == ["dense, eager", "dense, openvino", "cpu, mlp sparse", "cpu+dense, all sparse"]
+    assert [line.get_linestyle() for line in lines.values()] == ["--", "--", "-", "-"]
+    assert lines["cpu, mlp sparse"].get_xdata().tolist() == [1, 2, 4]
+    assert lines["cpu, mlp sparse"].get_ydata() == pytest.approx([8.0, 4.0, 2.0])
+
+
+def test_roofline_has_the_measured_roof_and_achieved_arithmetic():
+    axes = roofline().axes[0]
+    (roof,) = [line for line in axes.lines if line.get_label() == "measured roof"]
+    x, y = roof.get_data()
+    assert y.max() <= 2000 and np.allclose(y, np.minimum(2e12, 1e11 * x) / 1e9)
+    rows = linear(blocks=(16,), backends=("gather",))
+    row = rows.iloc[0]
+    flop = limits.linear_seconds(rows, 2e12)["flop"].iloc[0]
+    (points,) = [line for line in axes.lines if line.get_label() == "16×16"]
+    assert flop / row["value"] / 1e9 == pytest.approx(points.get_ydata()[0])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from importlib.util import resolve_name
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pandas as pd
 import pytest
 
 from blockvit import results
-from blockvit.results import COLUMNS, KEYS, Measured, Store, newest, slug, speedups
+from blockvit.results import COLUMNS, KEYS, Measured, Store, break_even, newest, slug, speedups
 
 LIBRARY = Path(results.__file__).parent
 DEVICE = "Example CPU (4 cores)"
@@ -423,6 +424,18 @@ def test_only_this_runs_rows_of_this_device_count_as_measured(store):
     assert row(device="other") in store.measured("linear", "other")
 
 
+def test_measured_together_means_in_one_group(store):
+    store.append([row(group="a"), row(**dense(), group="a"), row(sparsity=0.8, group="b")])
+    store.append([row(backend="torch", metric=results.FAILED, group="a")])
+    measured = store.measured("linear", DEVICE)
+    assert measured.together([row(), row(**dense())]) and measured.together([row(sparsity=0.8)])
+    assert not measured.together([row(), row(sparsity=0.8)]), "both are there, but not to be compared"
+    assert not measured.together([row(), row(sparsity=0.7)])
+    assert measured.together([row(), row(backend="torch")]), "what failed there was tried there"
+    assert not measured.together([row(sparsity=0.8), row(backend="torch")])
+    assert not measured.together([])
+
+
 def test_nothing_measured_yet():
     assert row() not in Measured.none()
 
@@ -510,18 +523,67 @@ def test_speedups_of_a_table_read_back(store):
     assert speedups(store.read("linear"))["speedup"].tolist() == [4.0, 2.0]
 
 
+# --- break-even ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "speedup", "expected"),
+    [
+        ([0.5, 0.7, 0.9], [0.2, 0.5, 0.9], None),
+        ([0.5, 0.7, 0.9], [1.2, 1.5, 1.9], 0.5),
+        ([0.5, 0.7, 0.9], [0.6, 0.9, 1.1], 0.8),
+        ([0.9, 0.5, 0.7], [1.1, 0.6, 0.9], 0.8),  # unsorted
+        ([0.5, 0.6, 0.7, 0.9], [1.2, 1.1, 0.9, 1.1], 0.8),  # dips below again: the last crossing counts
+        ([0.5, 0.7, 0.9], [0.5, 1.0, 1.5], 0.7),  # 1 is not yet faster
+        ([0.5, 0.7, 0.9], [1.5, 1.2, 0.9], None),  # not above 1 at the end
+        ([0.9], [1.5], 0.9),
+        ([0.9], [1.0], None),
+        ([], [], None),
+    ],
+)
+def test_break_even(sparsity, speedup, expected):
+    found = break_even(sparsity, speedup)
+    assert found is None if expected is None else found == pytest.approx(expected)
+
+
+def test_break_even_on_a_logarithmic_axis():
+    assert break_even([0.5, 0.9], [0.25, 4.0], log=True) == pytest.approx(0.7), "halfway, as 1/4 and 4 are as far off"
+    assert break_even([0.5, 0.9], [0.25, 4.0]) == pytest.approx(0.5 + 0.4 * 0.75 / 3.75)
+    for log in (False, True):  # where a measured point stands at 1, and where nothing is interpolated, they agree
+        assert break_even([0.5, 0.7, 0.9], [0.5, 1.0, 1.5], log=log) == pytest.approx(0.7)
+        assert break_even([0.5, 0.9], [1.2, 1.5], log=log) == 0.5
+        assert break_even([0.5, 0.9], [1.2, 0.9], log=log) is None
+
+
+def test_break_even_leaves_its_arguments_alone():
+    sparsity, speedup = [0.9, 0.5], [1.5, 0.5]
+    break_even(sparsity, speedup)
+    assert (sparsity, speedup) == ([0.9, 0.5], [1.5, 0.5])
+
+
 # --- no torch --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["results.py", "limits.py", "plots.py", "answers.py"])
+WITHOUT_TORCH = {"results", "limits", "plots", "answers"}
+
+
+def files_without_torch() -> list[str]:
+    files = [
+        file for file in LIBRARY.rglob("*.py") if file.relative_to(LIBRARY).with_suffix("").parts[0] in WITHOUT_TORCH
+    ]
+    return sorted(str(file.relative_to(LIBRARY)) for file in files)
+
+
+@pytest.mark.parametrize("name", files_without_torch())
 def test_tables_and_figures_need_no_torch(name):
+    package = ".".join(["blockvit", *Path(name).parent.parts])
     imported = set()
     for node in ast.walk(ast.parse((LIBRARY / name).read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported |= {f"{'.' * node.level}{node.module or ''}"} | {alias.name for alias in node.names if node.level}
-    roots = {module.lstrip(".").split(".")[0] for module in imported}
-    assert not roots & {"torch", "torchvision"}
-    siblings = {path.stem for path in LIBRARY.glob("*.py")} - {"results", "limits", "plots", "answers", "__init__"}
-    assert not roots & siblings, "a module of this package that may import torch"
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            imported |= {f"{origin}.{alias.name}" for alias in node.names}
+    assert not {module.split(".")[0] for module in imported} & {"torch", "torchvision"}
+    siblings = {module.split(".")[1] for module in imported if module.startswith("blockvit.")}
+    assert siblings <= WITHOUT_TORCH, "a module of this package that may import torch"

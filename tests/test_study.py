@@ -92,6 +92,19 @@ def test_rows_are_narrowed(tmp_path):
     assert study.rows("accuracy", metric="top1").empty
 
 
+def test_a_cpu_is_judged_by_all_its_threads(tmp_path):
+    study = Study.open("laptop", results_dir=str(tmp_path / "results"))
+    study.store.append([row(threads=1, value=9.0), row(threads=4, value=2.0), row(threads=2, value=5.0)])
+    assert study.rows("linear")["value"].tolist() == [2.0]
+    assert study.rows("linear", threads=[1, 2])["value"].tolist() == [9.0, 5.0]
+
+
+def test_a_gpu_has_no_threads(tmp_path, no_gpu):
+    study = Study.open("gpu", "cuda", str(tmp_path / "results"), draw_for=GPU)
+    study.store.append([row(device=GPU, threads=None), row(device=GPU, threads=None, sparsity=0.8)])
+    assert len(study.rows("linear")) == 2
+
+
 def test_an_unknown_column_is_an_error(tmp_path):
     with pytest.raises(KeyError, match="colour"):
         Study.open("laptop", results_dir=str(tmp_path)).rows("linear", colour="red")

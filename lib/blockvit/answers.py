@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from .limits import amdahl
-from .plots import break_even
+from .results import break_even
 
 AT = 0.9
 """The sparsity at which the post states its speedups."""
@@ -16,7 +16,7 @@ AT = 0.9
 def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
     """Break-even sparsity by block size: ``16: 86%, 32: never, 64: at 50% or below``; empty without a sweep.
 
-    The speedup at a sparsity is the median over the rows that have it; ``log`` as in ``plots.break_even``, so that
+    The speedup at a sparsity is the median over the rows that have it; ``log`` as in ``results.break_even``, so that
     text and figure agree.
     """
     texts = []

@@ -222,7 +222,7 @@ def sweep(
     pending = []
     for case in cases:
         keys = [{**where, **key} for key in case.keys(device)]
-        if keys and all(key in done or {**key, "metric": FAILED} in done for key in keys):
+        if done.together(keys):
             report.kept += 1
         elif keys:
             pending.append(case)

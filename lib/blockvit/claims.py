@@ -14,8 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
 
-from .plots import break_even
-from .results import FAILED, Store, newest, published, speedups
+from .results import FAILED, Store, break_even, most_threads, newest, published, speedups
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
 
@@ -74,7 +73,7 @@ class Evidence:
     @classmethod
     def of(cls, store: Store, device: str) -> Evidence:
         """Read the tables of ``device``."""
-        linear, vit = (store.read(experiment, device=device) for experiment in ("linear", "vit"))
+        linear, vit = (most_threads(store.read(experiment, device=device)) for experiment in ("linear", "vit"))
         like = [speedups(rows, baseline="eager") for rows in (linear, vit)]
         like = [rows[(rows["backend"] == "torch") & (rows["compile"] == "eager")] for rows in like]
         best = [speedups(rows) for rows in (linear, vit)]
@@ -348,9 +347,11 @@ def c7(e: Evidence) -> Verdict:
     if e.is_gpu or best.empty:
         return NOT_MEASURED
     like = _where(e.vit_like, model="vit_b_16", precision="fp32", batch_size=1, sparsity=0.9)
+    best = best[best["dense_variants"] == best["dense_variants"].max()]  # over the strongest field of dense engines
     best = best.loc[best["speedup"].idxmax()]
     seed = f"PyTorch's BSR at best {_x(like['speedup'].max())}, " if len(like) else ""
-    setting = f"{best['backend']}, {best['scope']} at 90%, block {best['block_size']:.0f}"
+    over = "eager dense PyTorch" if best["dense_compile"] == "eager" else f"dense with {best['dense_compile']}"
+    setting = f"{_variant(best)}, {best['scope']} at 90%, block {best['block_size']:.0f}, over {over}"
     return Verdict(HOLDS if best["speedup_low"] > 1 else FAILS, f"{seed}best backend {_x(best['speedup'])} ({setting})")
 
 

@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 KEYS = [
@@ -149,15 +150,28 @@ class Measured:
     """A set of keys, to ask whether a measurement is there; see ``Store.measured``."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self._keys = {_key(row) for row in rows[KEYS].to_dict("records")}
+        self._groups: dict[tuple[str, ...], set[str]] = {}
+        for row in rows[[*KEYS, "group"]].to_dict("records"):
+            self._groups.setdefault(_key(row), set()).add(row["group"])
 
     @classmethod
     def none(cls) -> Measured:
         """Nothing measured yet."""
-        return cls(pd.DataFrame(columns=KEYS))
+        return cls(pd.DataFrame(columns=[*KEYS, "group"]))
 
     def __contains__(self, row: Mapping[str, Any]) -> bool:
-        return _key(row) in self._keys
+        return _key(row) in self._groups
+
+    def together(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether one group holds all of ``rows``: only then were they measured to be compared.
+
+        What was tried in the group and failed counts as measured.
+        """
+        groups = [
+            self._groups.get(_key(row), set()) | self._groups.get(_key({**row, "metric": FAILED}), set())
+            for row in rows
+        ]
+        return bool(groups and set.intersection(*groups))
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -272,23 +286,49 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
 
     Returns:
         The sparse rows with ``speedup`` (dense time / sparse time), its range ``speedup_low`` to ``speedup_high``
-        (dense 20th over sparse 80th percentile and the reverse), ``dense_value`` and ``dense_compile``.
+        (dense 20th over sparse 80th percentile and the reverse), ``dense_value``, ``dense_compile``, and how many
+        dense variants the group has, ``dense_variants``.
     """
     if baseline not in ("fastest", "eager"):
         raise ValueError(f"baseline is {baseline!r}; expected 'fastest' or 'eager'")
     latency = rows[(rows["metric"] == "latency") & (rows["group"] != "")]  # without a group: not to be compared
     is_dense = latency["backend"] == "dense"
-    dense = latency[is_dense & (latency["compile"] == "eager")] if baseline == "eager" else latency[is_dense]
     on = ["experiment", "group", "precision"]
+    dense = latency[is_dense].assign(dense_variants=latency[is_dense].groupby(on)["compile"].transform("nunique"))
+    dense = dense[dense["compile"] == "eager"] if baseline == "eager" else dense
     dense = dense.sort_values("value").drop_duplicates(on)
     columns = {"value": "dense_value", "low": "dense_low", "high": "dense_high", "compile": "dense_compile"}
-    pairs = latency[~is_dense].merge(dense[[*on, *columns]].rename(columns=columns), on=on)
+    pairs = latency[~is_dense].merge(dense[[*on, "dense_variants", *columns]].rename(columns=columns), on=on)
     pairs = pairs.assign(
         speedup=pairs["dense_value"] / pairs["value"],
         speedup_low=pairs["dense_low"] / pairs["high"],
         speedup_high=pairs["dense_high"] / pairs["low"],
     )
     return newest(pairs)
+
+
+def break_even(sparsity: Sequence[float], speedup: Sequence[float], *, log: bool = False) -> float | None:
+    """Lowest sparsity from which on the speedup stays above 1, interpolated between measured points.
+
+    None if it is not above 1 at the highest sparsity; the lowest measured sparsity if it is above 1 everywhere.
+
+    Args:
+        sparsity: in any order.
+        speedup: over dense, for each sparsity.
+        log: interpolate the speedup's logarithm: the place where a line drawn on a logarithmic axis crosses 1. Without
+            it the speedup itself is interpolated, which is where a line on a linear axis does, and what the published
+            break-even sparsities are compared with. The two differ by what lies between two measured points at most.
+    """
+    order = np.argsort(sparsity)
+    s, v = np.asarray(sparsity, dtype=float)[order], np.asarray(speedup, dtype=float)[order]
+    if not len(v) or v[-1] <= 1:
+        return None
+    below = np.flatnonzero(v <= 1)
+    if not len(below):
+        return float(s[0])
+    i = below[-1]
+    height = np.log(v) if log else v - 1  # above break-even
+    return float(s[i] - height[i] / (height[i + 1] - height[i]) * (s[i + 1] - s[i]))
 
 
 def dense_throughput(rows: pd.DataFrame) -> pd.Series:
@@ -304,6 +344,11 @@ def newest(rows: pd.DataFrame, ignore: Sequence[str] = ()) -> pd.DataFrame:
     """
     same = [column for column in KEYS if column not in ("torch", "triton", *ignore)]
     return rows.sort_values("date", kind="stable").drop_duplicates(same, keep="last").reset_index(drop=True)
+
+
+def most_threads(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of CPU rows those of the largest number of threads, which is what a device is judged by; GPU rows all."""
+    return rows[rows["threads"].isna() | (rows["threads"] == rows["threads"].max())]
 
 
 def published(repo: Path | None = None) -> pd.DataFrame:

@@ -1,0 +1,303 @@
+"""Single linear layers: how fast each backend is, against dense, against the others and against what is possible.
+
+Figures take what no kernel can beat as ``limits``, which ``limits.linear_seconds`` makes of the very rows that are
+drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from ..limits import kept_share
+from ..results import break_even, dense_throughput
+from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
+from .style import (
+    COLOURS,
+    DENSE,
+    NO_BLOCKS,
+    WIDTH,
+    as_ratios,
+    block_style,
+    draw_band,
+    draw_line,
+    legend,
+    limit_line,
+    panel_grid,
+    percent_axis,
+    points_without_blocks,
+    reference_line,
+    shared_xlabel,
+    shared_ylabel,
+    sizes_axis,
+    speedup_axis,
+    spread,
+)
+
+
+def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
+    """Speedup over dense of one backend: a panel a block size, a row a shape and token count, a column a sparsity."""
+    rows = require(speedups[speedups["backend"] == backend], f"linear layers through {backend!r}")
+    rows = rows.assign(layer=rows["model"] + ", " + rows["tokens"].astype(int).astype(str) + " tokens")
+    layers = sorted(rows["layer"].unique(), key=lambda s: [int(n) for n in re.findall(r"\d+", s)][::-1])
+    blocks = list(by_block(rows))
+    figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 1.1 + 0.24 * len(layers)), sharey=True, squeeze=False)
+    one_of(rows, "precision")
+    norm = TwoSlopeNorm(vcenter=0, vmin=min(-0.01, *_log_range(rows)), vmax=max(0.01, *_log_range(rows)))
+    for axes, (block, cells) in zip(panels[0], blocks, strict=True):
+        table = cells.pivot_table(index="layer", columns="sparsity", values="speedup", aggfunc="median")
+        table = table.reindex(layers)
+        table.columns = [f"{s:.0%}" for s in table.columns]
+        labels = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}" if v < 9.995 else f"{v:.0f}")
+        sns.heatmap(
+            np.log2(table), annot=labels, fmt="", cmap="PuOr", norm=norm, cbar=False, ax=axes, linewidths=0.5,
+            annot_kws={"fontsize": 7 if table.shape[1] * len(blocks) <= 16 else 5.5},
+        )  # fmt: skip
+        axes.set(title=f"blocks of {block}×{block}" if block else NO_BLOCKS, xlabel="sparsity", ylabel="")
+        axes.tick_params(axis="y", rotation=0)
+    panels[0, 0].set_ylabel("layer, out×in")
+    figure.suptitle(f"speedup of {backend!r} over dense: above 1 purple, below 1 orange", fontsize=9)
+    return figure
+
+
+def _log_range(rows: pd.DataFrame) -> tuple[float, float]:
+    logs = np.log2(rows["speedup"])
+    return float(logs.min()), float(logs.max())
+
+
+def linear_speedup(
+    speedups: pd.DataFrame,
+    backends: Sequence[str],
+    limits: pd.DataFrame | None = None,
+    headline: float | None = None,
+) -> Figure:
+    """Speedup against sparsity of single layers, a row a backend, a panel a shape, a line a block size.
+
+    The ticks at 1× are the break-evens of the lines as drawn, straight on the logarithmic axis (``break_even(...,
+    log=True)``). Backends without blocks (2:4) have no row: their point stands in every panel of its shape.
+
+    Args:
+        speedups: of one precision, and one token count a shape.
+        backends: those to draw, in this order; what was not measured is left out.
+        limits: ``limits.linear_seconds`` of ``speedups``, by the same index; what no kernel can beat, drawn dashed.
+        headline: a published speedup, drawn dotted.
+    """
+    rows = require(speedups[speedups["backend"].isin(backends)], "linear layers")
+    one_of(rows, "precision")
+    _one_token_count(rows)
+    shapes = _shapes(rows)
+    blocked = set(rows.loc[rows["block_size"].notna(), "backend"])
+    present = [b for b in backends if b in (blocked or set(rows["backend"]))]
+    figure, panels = plt.subplots(
+        len(present), len(shapes), figsize=(WIDTH, 1.0 + 1.3 * len(present)), sharex=True, sharey="row", squeeze=False
+    )
+    sparsities = sorted(rows.loc[rows["block_size"].notna() | (not blocked), "sparsity"].unique())
+    for row, backend in enumerate(present):
+        for axes, shape in zip(panels[row], shapes, strict=True):
+            of_shape = rows[rows["model"] == shape]
+            cell = of_shape[(of_shape["backend"] == backend) & of_shape["block_size"].notna()]
+            for block in block_sizes(cell):
+                line = cell[cell["block_size"] == block].groupby("sparsity")["speedup"].median()
+                draw_line(axes, line.index, line, block)
+                edge = break_even(list(line.index), list(line), log=True)
+                if edge is not None and edge > line.index.min():
+                    axes.plot([edge], [1], marker="|", markersize=10, color=COLOURS[block], zorder=4)
+            points_without_blocks(axes, of_shape)
+            reference_line(axes)
+            if limits is not None:
+                bound = _limits(of_shape, limits)
+                limit_line(axes, bound.index, bound, "limit of arithmetic and bytes")
+            if headline:
+                label = "published headline, large matmuls"
+                axes.axhline(headline, color=DENSE, linewidth=0.8, linestyle=":", label=label)
+            if cell.empty and len(blocked):
+                axes.text(0.5, 0.1, "not measured", transform=axes.transAxes, ha="center", fontsize=6, color=DENSE)
+            speedup_axis(axes)
+            axes.set_xticks(sparsities)
+            axes.tick_params(axis="x", labelsize=6, rotation=90)
+            axes.tick_params(axis="y", labelsize=7)
+            percent_axis(axes)
+            if row == 0:
+                axes.set_title(shape)
+        panels[row, 0].set_ylabel(backend)
+    panels[-1, len(shapes) // 2].set_xlabel("sparsity (ticks on the line at 1×: break-even)")
+    legend(figure)
+    shared_ylabel(figure, f"speedup over {baseline(rows)}")
+    return figure
+
+
+def contenders(
+    speedups: pd.DataFrame, sparsity: float, by: str = "model", limits: pd.DataFrame | None = None
+) -> Figure:
+    """Who is fastest: a row a backend, the fastest at the top, a marker a block size, a panel a shape or a precision.
+
+    A marker is the median over the panel's rows, the line through it their 20% to 80% range of repeats (median of each
+    end). Backends without blocks (2:4) are drawn at the one sparsity that they have, which their name tells.
+
+    Args:
+        speedups: of one precision, unless ``by`` is ``"precision"``; over whichever dense variant they are.
+        sparsity: of the block-sparse backends.
+        by: the column that panels differ in, ``"model"`` (a shape) or ``"precision"``.
+        limits: ``limits.linear_seconds`` of ``speedups``; what no kernel can beat at ``sparsity``, drawn dashed; only
+            where panels are shapes.
+    """
+    if limits is not None and by != "model":
+        raise ValueError(f"limits are those of a shape, and panels differ in {by!r}; leave out limits, or by")
+    blocked = np.isclose(speedups["sparsity"], sparsity) & speedups["block_size"].notna()
+    require(speedups[blocked], f"block-sparse layers at {sparsity:.0%}")
+    rows = speedups[blocked | speedups.index.isin(without_blocks(speedups).index)]
+    if by != "precision":
+        one_of(rows, "precision")
+        _one_token_count(rows)
+    names = {
+        backend: backend if cell["block_size"].notna().any() else f"{backend} ({cell['sparsity'].iloc[0]:.0%})"
+        for backend, cell in rows.groupby("backend")
+    }
+    backends = list(rows.groupby("backend")["speedup"].median().sort_values().index)
+    blocks = block_sizes(rows)
+    offsets = spread(blocks, 0.66)
+    values = _shapes(rows) if by == "model" else sorted(rows[by].unique(), key=_precision_rank)
+    height = 0.4 + (0.1 + 0.08 * len(blocks)) * len(backends)
+    figure, panels = panel_grid(len(values), 3, height, sharex=True, sharey=True)
+    for axes, value in zip(panels, values, strict=True):
+        panel = rows[rows[by] == value]
+        for place, backend in enumerate(backends):
+            for block, cell in by_block(panel[panel["backend"] == backend]):
+                y = place + offsets.get(block, 0.0)
+                colour = block_style(block)["color"]
+                axes.hlines(y, cell["speedup_low"].median(), cell["speedup_high"].median(), color=colour, lw=0.9)
+                draw_line(axes, [cell["speedup"].median()], [y], block, linestyle="none")
+        axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
+        if limits is not None:
+            bound = _limits(panel[panel["block_size"].notna()], limits).median()
+            axes.axvline(bound, color=DENSE, linestyle="--", linewidth=1, label="limit of arithmetic and bytes")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(as_ratios))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_yticks(range(len(backends)), [names[b] for b in backends])
+        axes.set(title=value, ylim=(-0.6, len(backends) - 0.4))
+        axes.tick_params(labelsize=7.5)
+    shared_xlabel(panels, f"speedup over {baseline(rows)}")
+    figure.suptitle(f"blocks {sparsity:.0%} sparse", fontsize=9)
+    legend(figure)
+    shared_ylabel(figure, "backend")
+    return figure
+
+
+def large_matmuls(
+    speedups: pd.DataFrame, headline: float | None = None, by: str = "backend", limits: pd.DataFrame | None = None
+) -> Figure:
+    """Speedup of large square products against their size, a column a sparsity, a line a block size.
+
+    Args:
+        speedups: rows among which are squares: as many tokens as inputs and outputs. The others are left out.
+        headline: the published speedup, drawn dotted.
+        by: what rows of panels differ in: ``"backend"`` (of one precision) or ``"precision"`` (of one backend).
+            Products without blocks (2:4) are drawn into every panel of their precision, at the one sparsity they have.
+        limits: ``limits.linear_seconds`` of ``speedups``; what no kernel can beat, drawn dashed.
+    """
+    sizes = speedups["model"].str.extract(r"^(\d+)x(\d+)$").astype(float)
+    square = (sizes[0] == sizes[1]) & (sizes[0] == speedups["tokens"])
+    rows = require(speedups.assign(size=sizes[0])[square], "large square products")
+    blocked = require(rows[rows["block_size"].notna()], "large square products with blocks")
+    one_of(blocked, "precision" if by == "backend" else "backend")
+    values = list(dict.fromkeys(blocked[by])) if by == "backend" else sorted(blocked[by].unique(), key=_precision_rank)
+    sparsities = sorted(blocked["sparsity"].unique())
+    figure, panels = plt.subplots(
+        len(values), len(sparsities), figsize=(WIDTH, 1.3 + 1.2 * len(values)), sharex=True, sharey=True, squeeze=False
+    )
+    for line_of_panels, value in zip(panels, values, strict=True):
+        for axes, sparsity in zip(line_of_panels, sparsities, strict=True):
+            cell = blocked[(blocked[by] == value) & (blocked["sparsity"] == sparsity)]
+            for block in block_sizes(cell):
+                line = cell[cell["block_size"] == block].groupby("size")["speedup"].median()
+                draw_line(axes, line.index, line, block)
+            without = without_blocks(rows if by == "backend" else rows[rows[by] == value])
+            if len(line := without.groupby("size")["speedup"].median()):
+                draw_line(axes, line.index, line, None, label=f"{NO_BLOCKS}, at {without['sparsity'].iloc[0]:.0%}")
+            if limits is not None:
+                bound = pd.Series(
+                    {size: _limits(at, limits).median() for size, at in cell.groupby("size")}, dtype=float
+                )
+                limit_line(axes, bound.index, bound, "limit of arithmetic and bytes")
+            if headline:
+                axes.axhline(headline, color=DENSE, linewidth=0.8, linestyle=":", label="published headline")
+            reference_line(axes)
+            speedup_axis(axes)
+            sizes_axis(axes, rows["size"])
+            axes.tick_params(labelsize=7)
+        line_of_panels[0].set_ylabel(value)
+    for axes, sparsity in zip(panels[0], sparsities, strict=True):
+        axes.set_title(f"{sparsity:.0%} sparse")
+    shared_xlabel(panels[-1], "matrix size")
+    legend(figure)
+    shared_ylabel(figure, f"speedup over {baseline(rows)}")
+    return figure
+
+
+def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | None = None) -> Figure:
+    """Useful arithmetic of each backend, as a share of the device's measured dense peak, against sparsity.
+
+    Useful is what the kept blocks need (``limits.kept_share``), padding excluded. A line is the median over layers,
+    the shaded range spans 20% to 80% of them. Backends without blocks (2:4) are a point in every panel.
+
+    Args:
+        rows: latency rows of linear layers in one precision.
+        peak: the device's measured dense throughput in it, FLOP/s; see ``limits.peak``.
+        limits: ``limits.linear_seconds`` of ``rows`` with a bandwidth; the share of the peak that it leaves to the
+            median layer, drawn dashed.
+    """
+    rows = require(rows[rows["metric"] == "latency"], "linear layers")
+    one_of(rows, "precision")
+    rows = rows.assign(share=dense_throughput(rows) * kept_share(rows) / peak)
+    backends = require(rows[rows["block_size"].notna()], "block-sparse linear layers")["backend"].unique()
+    dense = rows.loc[rows["backend"] == "dense", "share"].median()
+    figure, panels = panel_grid(len(backends), 3, 1.9, sharex=True, sharey=True)
+    for axes, backend in zip(panels, sorted(backends), strict=True):
+        cell = rows[rows["backend"] == backend]
+        for block in block_sizes(cell):
+            line = cell[cell["block_size"] == block].groupby("sparsity")["share"]
+            draw_line(axes, line.median().index, line.median(), block)
+            draw_band(axes, line.median().index, line.quantile(0.2), line.quantile(0.8), block)
+        points_without_blocks(axes, rows, "share")
+        if limits is not None:
+            at = limits.reindex(cell.index)
+            bound = (at["flop"] / at["seconds"] / peak).groupby(cell["sparsity"]).median()
+            limit_line(axes, bound.index, bound, "limit of arithmetic and bytes, median")
+        if not np.isnan(dense):
+            reference_line(axes, dense, "dense layers, median")
+        axes.set(title=backend, ylim=(0, 1.03))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        percent_axis(axes)
+    shared_xlabel(panels, "sparsity")
+    legend(figure)
+    shared_ylabel(figure, "of the measured dense peak")
+    return figure
+
+
+def _one_token_count(rows: pd.DataFrame) -> None:
+    for _, layer in rows.groupby("model"):
+        one_of(layer, "tokens")
+
+
+def _shapes(rows: pd.DataFrame) -> list[str]:
+    return sorted(rows["model"].unique(), key=lambda shape: [int(n) for n in re.findall(r"\d+", shape)])
+
+
+def _limits(speedups: pd.DataFrame, limits: pd.DataFrame) -> pd.Series:
+    """By sparsity, the speedup that the least time of any block size would be over the median dense time."""
+    least = limits["seconds"].reindex(speedups.index)[speedups["block_size"].notna()]
+    return (speedups["dense_value"].median() / least.groupby(speedups["sparsity"]).min()).dropna()
+
+
+def _precision_rank(precision: str) -> tuple[int, str]:
+    known = ("fp32", "tf32", "bf16", "fp16")
+    return known.index(precision) if precision in known else len(known), precision

@@ -1,0 +1,246 @@
+"""Whole models: speed by sparsity, batch size and way to run, and what they cost in bytes and in seconds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from ..limits import amdahl
+from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
+from .style import (
+    COLOURS,
+    DENSE,
+    WIDTH,
+    as_times,
+    block_style,
+    draw_band,
+    draw_line,
+    legend,
+    limit_line,
+    panel_grid,
+    percent_axis,
+    points_without_blocks,
+    published_point,
+    reference_line,
+    shared_xlabel,
+    shared_ylabel,
+    sizes_axis,
+    spread,
+)
+
+_MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D"}
+
+
+def model_speedup(
+    speedups: pd.DataFrame, backend: str, shares: Mapping[str, float], published: pd.DataFrame | None = None
+) -> Figure:
+    """End-to-end speedup against sparsity, a panel a scope, a line a block size, Amdahl's bound drawn in.
+
+    Where a cell was measured in several compile modes, its fastest is drawn. 2:4 sparsity is a point, if it is there.
+
+    Args:
+        speedups: of one model, precision and batch size.
+        backend: whose.
+        shares: for each scope, the share of the model's arithmetic that it holds.
+        published: published speedups with ``scope``, ``block_size``, ``sparsity``, ``value`` and ``device``, drawn
+            hollow: those of ``results.published_speedups`` that compare with this model and precision.
+    """
+    of_scopes = speedups[speedups["scope"].isin(shares)]
+    mine = require(of_scopes[of_scopes["backend"] == backend], f"whole models through {backend!r}")
+    one_of(mine, "model", "precision", "batch_size")
+    rows = _fastest(of_scopes, ("backend", "scope", "block_size", "sparsity")).sort_values("sparsity")
+    scopes = [s for s in shares if s in set(mine["scope"])]
+    figure, panels = panel_grid(len(scopes), 3, 2.4)
+    devices: set[str] = set()
+    for axes, scope in zip(panels, scopes, strict=True):
+        cell = rows[(rows["scope"] == scope) & (rows["backend"] == backend)]
+        for block in block_sizes(cell):
+            line = cell[cell["block_size"] == block]
+            draw_line(axes, line["sparsity"], line["speedup"], block)
+            draw_band(axes, line["sparsity"], line["speedup_low"], line["speedup_high"], block)
+        points_without_blocks(axes, rows[rows["scope"] == scope])
+        s = np.linspace(cell["sparsity"].min(), cell["sparsity"].max(), 100)
+        limit_line(axes, s, amdahl(s, shares[scope]), "Amdahl's bound")
+        points = [] if published is None else published[published["scope"] == scope].dropna(subset="sparsity")
+        for point in points.itertuples() if len(points) else ():
+            published_point(axes, point.sparsity, point.value, point.block_size)
+            devices.add(str(point.device))
+        reference_line(axes)
+        percent_axis(axes)
+        axes.yaxis.set_major_formatter(FuncFormatter(as_times))
+        axes.set(title=f"{scope} sparse", xlabel="sparsity", ylim=(0, None))
+    panels[0].set_ylabel(f"speedup over {baseline(mine)}")
+    figure.suptitle(": ".join(filter(None, (backend, _setting(mine)))), fontsize=9)
+    legend(figure, f"published ({', '.join(sorted(devices))})" if devices else None)
+    return figure
+
+
+def batch_sizes(
+    speedups: pd.DataFrame, backends: Sequence[str], bound: float | None = None, published_from: float | None = None
+) -> Figure:
+    """End-to-end speedup against batch size at one sparsity, a panel a backend, a line a block size.
+
+    Where a cell was measured in several compile modes, its fastest is drawn.
+
+    Args:
+        speedups: of one model, precision, scope and sparsity.
+        backends: those to draw, in this order; what was not measured is left out.
+        bound: Amdahl's, drawn dashed; see ``limits.amdahl``.
+        published_from: the batch size from which on the published models are faster than dense, a thin line.
+    """
+    rows = require(speedups[speedups["backend"].isin(backends)], "batch sizes")
+    one_of(rows, "model", "precision", "scope")
+    rows = _fastest(rows, ("backend", "batch_size", "block_size"))
+    present = [b for b in backends if b in set(rows["backend"])]
+    figure, panels = panel_grid(len(present), 3, 2.0, sharex=True, sharey=True)
+    for axes, backend in zip(panels, present, strict=True):
+        for block, cell in by_block(rows[rows["backend"] == backend]):
+            line = cell.sort_values("batch_size")
+            draw_line(axes, line["batch_size"], line["speedup"], block)
+        reference_line(axes)
+        if bound:
+            axes.axhline(bound, color=DENSE, linestyle="--", linewidth=1, label="Amdahl's bound")
+        if published_from:
+            label = f"published: faster from batch {published_from:g}"
+            axes.axvline(published_from, color=DENSE, linestyle=":", linewidth=0.9, label=label)
+        sizes_axis(axes, rows["batch_size"])
+        axes.yaxis.set_major_formatter(FuncFormatter(as_times))
+        axes.set(title=backend, ylim=(0, None))
+        axes.tick_params(labelsize=7.5)
+    shared_xlabel(panels, "batch size (images)")
+    legend(figure)
+    shared_ylabel(figure, f"speedup over {baseline(rows)}")
+    return figure
+
+
+def execution_modes(rows: pd.DataFrame) -> Figure:
+    """Images a second, dense and through each backend, run eagerly, compiled and as a CUDA graph.
+
+    Dense is at the top, the others below it, the fastest first. A marker is a way to run (``compile``), at the median
+    time; whiskers span its 20% to 80% range; the dashed line is the fastest dense variant.
+
+    Args:
+        rows: of one model, batch size and precision, the sparse ones of one scope and sparsity (2:4 besides them);
+            those with metric ``latency`` (s) are drawn.
+    """
+    rows = require(rows[rows["metric"] == "latency"], "latencies of whole models")
+    one_of(rows, "model", "batch_size", "precision")
+    one_of(rows[rows["block_size"].notna()], "scope", "sparsity")
+    rows = rows.assign(variant=_variants(rows))
+    times = rows.groupby(["variant", "compile"])[["value", "low", "high"]].median()
+    speed = rows["batch_size"].iloc[0] / times
+    best = speed["value"].groupby("variant").max().sort_values()
+    order = [*(v for v in best.index if v != "dense"), *(["dense"] if "dense" in best else [])]
+    blocks = rows.groupby("variant")["block_size"].first()
+    present = set(rows["compile"])
+    modes = [*(m for m in _MODES if m in present), *sorted(present - set(_MODES))]
+    markers = {**dict(zip(modes, itertools.cycle("vP*<>"), strict=False)), **_MODES}
+    offsets = spread(modes, 0.56)
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + (0.11 + 0.095 * len(modes)) * len(order)))
+    for place, variant in enumerate(order):
+        colour = DENSE if variant == "dense" else block_style(blocks[variant])["color"]
+        for mode, cell in speed.loc[variant].iterrows():
+            y = place + offsets[mode]
+            fill = "white" if mode == "eager" else colour
+            if cell["low"] == cell["low"]:  # the slow end of the times is the low end of the speed
+                axes.hlines(y, cell["high"], cell["low"], color=colour, linewidth=1, zorder=2)
+            axes.plot(
+                cell["value"], y, marker=markers[mode], markersize=4.5, color=colour, markerfacecolor=fill, zorder=3
+            )  # fmt: skip
+            text = f"{cell['value']:,.0f}" if cell["value"] >= 99.5 else f"{cell['value']:.3g}"
+            right = np.nanmax([cell["value"], cell["low"]])
+            axes.annotate(
+                text, (right, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6, color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            )  # fmt: skip
+    if "dense" in best:
+        axes.axvline(best["dense"], color=DENSE, linestyle="--", linewidth=0.9, zorder=1, label="fastest dense")
+    axes.set_yticks(range(len(order)), order)
+    axes.set(
+        xlabel="images a second", xlim=(0, 1.1 * np.nanmax(speed[["value", "low"]])), ylim=(-0.55, len(order) - 0.45)
+    )  # fmt: skip
+    axes.set_ylabel("backend, block size")
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.set_title(_setting(rows))
+    for mode in modes:
+        fill = "white" if mode == "eager" else DENSE
+        axes.plot([], [], marker=markers[mode], color=DENSE, markerfacecolor=fill, linestyle="none", label=mode)
+    legend(figure)
+    return figure
+
+
+def memory(rows: pd.DataFrame) -> Figure:
+    """Model bytes and peak memory of one forward pass, dense and by backend and block size, in MB.
+
+    Args:
+        rows: those with metric ``model_bytes`` or ``peak_memory`` (bytes) are drawn; of one model and precision.
+    """
+    rows = require(rows[rows["metric"].isin(("model_bytes", "peak_memory"))], "memory")
+    one_of(rows, "model", "precision")
+    rows = rows.assign(variant=_variants(rows))
+    named = rows.drop_duplicates("variant").sort_values(["backend", "block_size"], na_position="first")
+    named = pd.concat([named[named["backend"] == "dense"], named[named["backend"] != "dense"]])
+    starts = named["backend"] != named["backend"].shift()
+    places = np.arange(len(named)) + 0.6 * (starts.cumsum() - 1)  # a gap between two backends
+    height = max(1.8, 0.8 + 0.16 * (places.iloc[-1] + 1))
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, height), sharey=True)
+    titles = {"model_bytes": "weights held", "peak_memory": "peak of one forward pass, beyond the weights"}
+    colours = [DENSE if np.isnan(block) else COLOURS[int(block)] for block in named["block_size"].astype(float)]
+    hollow = named["variant"].isin(without_blocks(named)["variant"])
+    fills = ["white" if empty else colour for empty, colour in zip(hollow, colours, strict=True)]
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        cell = rows[rows["metric"] == metric].groupby("variant")["value"].median().reindex(named["variant"]) / 1e6
+        bars = axes.barh(places, cell, color=fills, edgecolor=colours, linewidth=0.8, height=0.8)
+        labels = ["" if np.isnan(v) else f"{v:.0f}" if v >= 9.5 else f"{v:.2g}" for v in cell]
+        axes.bar_label(bars, labels, fontsize=6, padding=2)
+        if "dense" in cell and cell["dense"] == cell["dense"]:
+            axes.axvline(cell["dense"], color=DENSE, linewidth=0.8, linestyle="--", zorder=0.5)
+        axes.set(xlabel="MB", xlim=(0, 1.14 * (cell.max() if cell.notna().any() else 1)))
+        axes.set_title(title, fontsize=8)
+        axes.grid(False, axis="y")
+    panels[0].set_yticks(places, named["variant"], fontsize=7)
+    panels[0].invert_yaxis()
+    panels[0].set_ylabel("backend, block size")
+    return figure
+
+
+def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float]) -> Figure:
+    """Bytes of each form of the model, and seconds to convert it once and to load it again."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.4))
+    for axes, values, unit, scale in ((left, sizes, "MB", 1e6), (right, seconds, "s", 1.0)):
+        names = list(values)
+        heights = [values[n] / scale for n in names]
+        bars = axes.barh(names, heights, color=[DENSE, *[COLOURS[16]] * (len(names) - 1)], height=0.6)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        axes.set(xlabel=unit, xlim=(0, max(heights) * 1.18))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+    left.set_title("size")
+    right.set_title("time, once")
+    return figure
+
+
+def _fastest(speedups: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+    """The fastest row of each cell, whatever its compile mode."""
+    return speedups.sort_values("speedup").drop_duplicates(list(cell), keep="last")
+
+
+def _setting(rows: pd.DataFrame) -> str:
+    """What all rows share, for a title: model, precision, batch size."""
+    shared = [(name, rows[name].dropna().unique()) for name in ("model", "precision", "batch_size")]
+    texts = [f"batch {found[0]:.0f}" if name == "batch_size" else found[0] for name, found in shared if len(found) == 1]
+    return ", ".join(texts)
+
+
+def _variants(rows: pd.DataFrame) -> list[str]:
+    """Backend and block size of each row, as a label."""
+    return [
+        backend if np.isnan(block) else f"{backend} {int(block)}×{int(block)}"
+        for backend, block in zip(rows["backend"], rows["block_size"].astype(float), strict=True)
+    ]

@@ -1,0 +1,235 @@
+"""The look that all figures share: what a block size looks like, axes, the legend, labels, and saving.
+
+Block sizes differ by colour, marker and dash, so that the figures read in grey and by colour-blind readers. Rows
+without a block size (2:4 sparsity) are drawn hollow and grey. What no kernel can beat is dashed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
+
+from .rows import without_blocks
+
+_BLOCKS = (8, 16, 32, 64, 128, 4, 256)
+COLOURS = dict(zip(_BLOCKS, sns.color_palette("colorblind", len(_BLOCKS)), strict=True))
+_MARKERS = dict(zip(_BLOCKS, "vosD^P*", strict=True))
+_DASHES = dict(zip(_BLOCKS, ((1, 1), (5, 1.5), (), (3, 1, 1, 1), (7, 2, 2, 2), (2, 2), (9, 2)), strict=True))
+DENSE = "0.35"
+NO_BLOCKS = "2:4, no blocks"
+WIDTH = 7.2  # inches: a notebook's or README's column
+
+
+def set_style() -> None:
+    """The look that all figures share."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        rc={
+            "axes.grid": True,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 9,
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "grid.color": "0.9",
+            "legend.frameon": False,
+            "savefig.dpi": 200,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "blockvit",  # the same figure gives the same file
+        },
+    )
+
+
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Write ``<folder>/<name>.png`` and ``.svg`` and close the figure; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)  # the notebook shows the returned figure; left open, it would be shown twice
+    return figure
+
+
+def block_style(block_size: float | None) -> dict[str, object]:
+    """Arguments of ``Axes.plot`` for lines of a block size; None or NaN: of what is sparse without blocks."""
+    if block_size is None or np.isnan(block_size):
+        return {"color": "0.2", "marker": "X", "markerfacecolor": "white", "label": NO_BLOCKS, "linestyle": ":"}
+    block = int(block_size)
+    style = {"color": COLOURS[block], "marker": _MARKERS[block], "label": f"{block}×{block}"}
+    return {**style, "dashes": _DASHES[block]} if _DASHES[block] else style
+
+
+def draw_line(axes: Axes, x: Iterable[float], y: Iterable[float], block_size: float | None, **style: object) -> None:
+    """A line or points in the style of a block size, which ``style`` changes."""
+    style = {"markersize": 4.5, **block_style(block_size), **style}
+    if style.get("linestyle") == "none":
+        style.pop("dashes", None)  # they would be drawn in the legend all the same
+    axes.plot(list(x), list(y), **style)
+
+
+def draw_band(axes: Axes, x: Iterable[float], low: Iterable[float], high: Iterable[float], block: int | None) -> None:
+    """A range around a line, in the colour of its block size."""
+    axes.fill_between(list(x), list(low), list(high), color=block_style(block)["color"], alpha=0.15, lw=0)
+
+
+def limit_line(axes: Axes, x: Iterable[float], y: Iterable[float], label: str) -> None:
+    """What no kernel can beat, dashed."""
+    axes.plot(list(x), list(y), color=DENSE, linestyle="--", linewidth=1, zorder=1.5, label=label)
+
+
+def reference_line(axes: Axes, y: float = 1.0, label: str | None = None) -> None:
+    """The height of dense, across the panel."""
+    axes.axhline(y, color=DENSE, linewidth=1, zorder=1, label=label)
+
+
+def published_point(axes: Axes, sparsity: float, value: float, block_size: float) -> None:
+    """A published number, hollow; ``legend`` tells what it is."""
+    hollow = {"markersize": 7, "markerfacecolor": "none", "linestyle": "none", "label": None}
+    draw_line(axes, [sparsity], [value], block_size, **hollow)
+
+
+def points_without_blocks(axes: Axes, rows: pd.DataFrame, y: str = "speedup") -> None:
+    """A hollow point at the sparsity of each backend that is sparse without blocks."""
+    line = without_blocks(rows).groupby("sparsity")[y].median()
+    if len(line):
+        draw_line(axes, line.index, line, None, linestyle="none", markersize=5.5)
+
+
+def panel_grid(count: int, columns: int, height: float, **shared: object) -> tuple[Figure, list[Axes]]:
+    """``count`` panels in rows of at most ``columns``, each row ``height`` inches high."""
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(WIDTH, 0.8 + height * lines), squeeze=False, **shared)
+    for i, axes in enumerate(grid.flat):
+        if i >= count:
+            axes.remove()
+        elif i + columns >= count:
+            axes.tick_params(labelbottom=True)  # nothing below it, be it in the last row or not
+    return figure, list(grid.flat[:count])
+
+
+def shared_xlabel(panels: Sequence[Axes], text: str) -> None:
+    """The label of the x axes, below each panel of the last row.
+
+    Not ``Figure.supxlabel``, which a legend outside the panels would cover.
+    """
+    last = panels[-1].get_subplotspec().rowspan
+    for axes in panels:
+        if axes.get_subplotspec().rowspan == last:
+            axes.set_xlabel(text)
+
+
+def shared_ylabel(figure: Figure, text: str) -> None:
+    """One label for the y axes of all panels, at their middle; to be written after the legend, which takes room."""
+    figure.draw_without_rendering()
+    heights = [axes.get_position() for axes in figure.axes]
+    middle = (min(box.y0 for box in heights) + max(box.y1 for box in heights)) / 2
+    figure.supylabel(text, y=middle, fontsize="medium")
+
+
+def percent_axis(axes: Axes) -> None:
+    """Sparsities on the x axis."""
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def as_times(value: float, _: object = None) -> str:
+    """For linear axes: how many times as fast."""
+    return f"{value:g}×"
+
+
+def as_ratios(value: float, _: object = None) -> str:
+    """For logarithmic axes to base 2: a quarter is as far from 1 as four, and should look it."""
+    return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
+
+
+def speedup_axis(axes: Axes) -> None:
+    """Speedups on a logarithmic y axis."""
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(as_ratios))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def sizes_axis(axes: Axes, sizes: Iterable[float]) -> None:
+    """Batch or matrix sizes on a logarithmic x axis, each one a tick."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(sizes)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def spread(items: Sequence[object], width: float) -> dict[object, float]:
+    """Offsets that set items side by side within ``width``, the first uppermost."""
+    return dict(zip(items, np.linspace(width / 2, -width / 2, len(items)) if len(items) > 1 else [0.0], strict=True))
+
+
+def legend(figure: Figure, published: str | None = None) -> None:
+    """One legend below all panels, with a hollow marker for ``published`` points if there are any."""
+    entries: dict[str, object] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    order = sorted(
+        entries, key=lambda n: (0, int(n.split("×")[0])) if "×" in n else (1 if n == NO_BLOCKS else 2, 0)
+    )  # fmt: skip
+    handles, labels = [entries[label] for label in order], [f"blocks {n}" if "×" in n else n for n in order]
+    if published:
+        handles.append(Line2D([], [], marker="o", markersize=6, markerfacecolor="none", color=DENSE, linestyle="none"))
+        labels.append(published)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels, figure.get_figwidth()))
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """As many columns as fit into ``width`` inches, balanced: entries fill one column after the other."""
+    for lines in range(1, len(labels) + 1):
+        columns = [labels[i : i + lines] for i in range(0, len(labels), lines)]
+        if sum(0.6 + 0.065 * max(map(len, column)) for column in columns) <= width:  # handle and gap, then letters
+            return len(columns)
+    return 1
+
+
+def place_labels(
+    axes: Axes, labels: Sequence[tuple[float, float, str, object]], obstacles: Sequence[tuple[float, float]]
+) -> None:
+    """Write each ``(x, y, text, colour)`` beside its point, at the place that overlaps least with points and labels."""
+    figure, size = axes.figure, 6.0
+    figure.draw_without_rendering()  # the layout decides where a point lies
+    scale = figure.dpi / 72
+
+    def box(x: float, y: float, width: float, height: float) -> Bbox:
+        return Bbox.from_bounds(x * scale, y * scale, width * scale, height * scale)
+
+    def at(x: float, y: float) -> np.ndarray:
+        return axes.transData.transform((x, y)) / scale  # points
+
+    taken = [box(*(at(x, y) - 2.5), 5, 5) for x, y in [*((x, y) for x, y, *_ in labels), *obstacles]]
+    for x, y, text, colour in labels:
+        width, height = 0.62 * size * len(text), 1.1 * size
+        sides = ((3, 2), (3, -2 - height), (-3 - width, 2), (-3 - width, -2 - height))
+        rings = [(-width / 2, 5), (-width / 2, -5 - height), (6, -height / 2), (-6 - width, -height / 2)]
+        rings += [(dx, dy * far) for far in (4, 7) for dx, dy in ((3, 2), (3, -3), (-3 - width, 2), (-3 - width, -3))]
+
+        def overlap(
+            offset: tuple[float, float], x: float = x, y: float = y, w: float = width, h: float = height
+        ) -> float:
+            mine = box(*(at(x, y) + offset), w, h)
+            hits = (Bbox.intersection(mine, other) for other in taken)
+            outside = not (axes.bbox.x0 <= mine.x0 and mine.x1 <= axes.bbox.x1 + 6 * scale)
+            return sum(hit.width * hit.height for hit in hits if hit) + 1e6 * outside
+
+        best = min([*sides, *rings], key=overlap)  # the first of equals: beside the point
+        taken.append(box(*(at(x, y) + best), width, height))
+        axes.annotate(
+            text, (x, y), xytext=best, textcoords="offset points", fontsize=size, color=colour, va="bottom", ha="left"
+        )  # fmt: skip
