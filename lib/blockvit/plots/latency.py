@@ -31,7 +31,7 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
     table = rows.assign(variant=_labels(rows)).pivot_table(index="variant", columns="metric", values="value") * 1e3
     table = table.dropna().sort_values("latency", ascending=False)
     dense = rows.assign(variant=_labels(rows)).groupby("variant")["backend"].first() == "dense"
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.24 * len(table)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(table)))
     for place, (variant, times) in enumerate(table.iterrows()):
         colour = DENSE if dense[variant] else _SPARSE[0]
         axes.hlines(place, times["latency"], times["latency_p99"], color=colour, linewidth=1)
