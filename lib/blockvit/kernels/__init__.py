@@ -4,7 +4,7 @@ To add a backend, write a module here with a subclass of ``registry.Backend``, d
 import it below.
 """
 
-from . import dense, gather, torch_bsr  # noqa: F401  (importing a backend registers it)
+from . import cpu, dense, gather, torch_bsr  # noqa: F401  (importing a backend registers it)
 from .registry import ACTIVATIONS, Backend, BackendUnavailableError, backends, register, resolve
 
 __all__ = ["ACTIVATIONS", "Backend", "BackendUnavailableError", "backends", "register", "resolve"]
