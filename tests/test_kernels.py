@@ -408,7 +408,7 @@ def test_no_backend_at_all(monkeypatch):
 
 def test_unknown_backend_and_activation():
     weight = BSRMatrix.from_dense(torch.ones(4, 4), 2)
-    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of \['dense', 'gather'"):
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; expected 'auto' or one of \['cpu', 'dense', 'gather'"):
         BlockSparseLinear(weight, backend="cuda")
     with pytest.raises(ValueError, match=r"activation is 'relu'; expected one of \[None, 'gelu', 'gelu_tanh'\]"):
         BlockSparseLinear(weight, activation="relu")

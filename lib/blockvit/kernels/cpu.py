@@ -49,9 +49,7 @@ def _block_size(weight: Tensor) -> int:
     return weight.shape[1] * (weight.shape[3] if weight.ndim == 4 else 1)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, activation: int
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return x.new_empty(x.shape[0], (crow.shape[0] - 1) * _block_size(weight))
 
 

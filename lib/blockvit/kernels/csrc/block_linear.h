@@ -32,11 +32,14 @@ namespace blockvit {
 #endif
 #endif
 
+#ifndef BLOCKVIT_REGISTERS
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
+#define BLOCKVIT_REGISTERS 32
 #else
-constexpr int REGISTERS = 16;
+#define BLOCKVIT_REGISTERS 16
 #endif
+#endif
+constexpr int REGISTERS = BLOCKVIT_REGISTERS;
 
 // Vectors of sums a tile holds. What they leave of the registers is for weights, a token's number and a mask. 12 hide
 // the latency of two FMA units (2 x 4 cycles = 8).
@@ -146,12 +149,13 @@ BLOCKVIT_INLINE f32v<N> gelu(f32v<N> x) {
 }
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
+// Below -10 nothing changes any more: the result is -1e-37, and the exponent just below 126.
 template <int N>
 BLOCKVIT_INLINE f32v<N> gelu_tanh(f32v<N> x) {
-  const f32v<N> low = f32v<N>{} - 100.0f, high = f32v<N>{} + 100.0f;
+  const f32v<N> low = f32v<N>{} - 10.0f, lowest = f32v<N>{} - 100.0f;
+  x = low > x ? low : x;  // NaN stays NaN
   f32v<N> exponent = x * (x * x * -0.102943242f + -2.30220819f);  // both times log2(e)
-  exponent = exponent > low ? exponent : low;
-  exponent = exponent < high ? exponent : high;
+  exponent = exponent > lowest ? exponent : lowest;
   return x / (exp2<N>(exponent) + 1.0f);
 }
 
@@ -330,10 +334,11 @@ struct Tiles {
 // --- sharing it out --------------------------------------------------------------------------------------------------
 
 // x of the tokens that are worked on at once is to stay in a core's second-level cache beside the weights that stream by.
-#ifndef CB
-#define CB 192
+#ifndef BLOCKVIT_CACHE_KIB
+#define BLOCKVIT_CACHE_KIB 192
 #endif
-constexpr int64_t CACHE_BYTES = CB << 10;
+constexpr int64_t CACHE_BYTES = BLOCKVIT_CACHE_KIB << 10;
+// Tokens of a unit at most: their sums (16 outputs: 8 KiB) stay in the first-level cache beside a part of the weights.
 constexpr int64_t MAX_UNIT_TOKENS = 120;
 // Per panel and thread: what it costs beside its blocks, in steps of k.
 constexpr int64_t PANEL_OVERHEAD = 16;
@@ -381,7 +386,7 @@ class Plan {
     do {
       const int64_t blocks = std::min(part, panel.blocks - first_block);
       const bool last = first_block + blocks == panel.blocks;
-      const T* next = panel.weight + (first_block + blocks) * b * NR;
+      uintptr_t next = reinterpret_cast<uintptr_t>(panel.weight + (first_block + blocks) * b * NR);
       for (int64_t token = first_token; token < last_token; token += MR<NR>) {
         const int mr = int(std::min<int64_t>(MR<NR>, last_token - token));
         float* sums = totals + (token - first_token) * NR;
@@ -397,16 +402,12 @@ class Plan {
     } while (first_block < panel.blocks);
   }
 
-  // Asks for the tile's share of the weights that are read after this part: they follow in memory.
-  const T* prefetch(const T* from, int64_t bytes) const {
-#ifndef NOPF
-    const char* line = reinterpret_cast<const char*>(from);
-    const char* end = line + bytes * MR<NR> / tokens_;
-    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
-    return reinterpret_cast<const T*>(line);
-#else
-    return from;
-#endif
+  // Asks for a tile's share of the weights that are read after this part, which follow in memory: `bytes` in all, line
+  // by line from `address` on. Returns the address behind it. May point behind the last weight, where it does nothing.
+  uintptr_t prefetch(uintptr_t address, int64_t bytes) const {
+    const uintptr_t end = address + uintptr_t(bytes * MR<NR> / tokens_);
+    for (; address < end; address += 64) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+    return address;
   }
 
   // The first panel before which `cut` parts of the work lie, found by bisection of the running sum.
