@@ -334,6 +334,41 @@ def test_fusing_can_be_turned_off_and_dense_layers_keep_their_gelu():
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
+# --- layers that stay dense ------------------------------------------------------------------------------------------
+
+FASTER_THAN_DENSE = "cpu" in BACKENDS
+needs_a_kernel = pytest.mark.skipif(not FASTER_THAN_DENSE, reason="no backend here is faster than a dense layer")
+
+
+@pytest.mark.parametrize("dense_backend", [*BACKENDS, "auto"])
+def test_dense_layers_go_to_the_backend_asked_for(dense_backend):
+    model = folded_vit()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        converted = to_block_sparse(model, 16, targets="mlp", dense_backend=dense_backend)
+        torch.testing.assert_close(converted(x), expected)
+    kinds = {name: type(m) for name, m in converted.named_modules() if isinstance(m, nn.Linear | BlockSparseLinear)}
+    moved = dense_backend != "dense" and (dense_backend != "auto" or FASTER_THAN_DENSE)
+    assert (kinds["heads.head"] is BlockSparseLinear) is moved
+    assert (kinds["encoder.layers.encoder_layer_0.self_attention.qkv"] is BlockSparseLinear) is moved
+    assert kinds["encoder.layers.encoder_layer_0.mlp.0"] is BlockSparseLinear
+
+
+@needs_a_kernel
+def test_a_model_without_zeros_goes_whole_to_the_kernel_and_survives_a_file(tmp_path):
+    model = vit()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        converted = to_block_sparse(model, dense_backend="cpu")
+        assert not [m for m in converted.modules() if type(m) is nn.Linear]
+        assert {m.backend.name for m in converted.modules() if isinstance(m, BlockSparseLinear)} == {"cpu"}
+        torch.testing.assert_close(converted(x), expected)
+        file = blockvit.save(converted, tmp_path / "model.safetensors")
+        torch.testing.assert_close(blockvit.load(file)(x), expected)
+
+
 def test_model_bytes_of_a_dense_model():
     assert model_bytes(nn.Linear(10, 20)) == 4 * (200 + 20)
     assert model_bytes(nn.BatchNorm1d(8)) == 4 * 4 * 8 + 8  # weight, bias, mean, variance; the counter is an int64

@@ -11,6 +11,7 @@ from torch import nn
 
 from .attention import expose_projections
 from .bsr import check_block_size, zero_blocks
+from .kernels import resolve
 from .linear import BlockSparseLinear
 from .supermask import SupermaskLinear, block_mask, check_scores, expand_mask, supermask_layers
 from .targets import Targets, matching, replace_modules
@@ -129,6 +130,7 @@ def to_block_sparse(
     skip: Targets = (),
     min_sparsity: float = 0.0,
     fuse_gelu: bool = True,
+    dense_backend: str | None = None,
 ) -> nn.Module:
     """Exchange each ``nn.Linear`` that holds zero blocks for a ``BlockSparseLinear``, in place; returns ``model``.
 
@@ -140,15 +142,19 @@ def to_block_sparse(
         skip: layers to leave dense, in the same language.
         min_sparsity: leave layers dense whose fraction of zero blocks is below this.
         fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it.
+        dense_backend: where the linear layers go that would stay dense. None leaves them ``nn.Linear``. A backend's
+            name makes them ``BlockSparseLinear`` too, with all their blocks, which are then frozen and held twice (as
+            checkpoint and packed). ``"auto"`` does so where a backend is known to be faster than a dense layer at no
+            sparsity at all: ``"cpu"`` is. Convolutions and subclasses of ``nn.Linear`` stay.
 
     Raises:
-        ValueError: no layer holds a zero block (the message lists each layer's fate), a mask is not folded yet, or a
-            target matches nothing.
+        ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
+            fate), a mask is not folded yet, or a target matches nothing.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
     fates = layer_fates(model, block_size, targets=targets, skip=skip, min_sparsity=min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
-    if not converts and not any(f.fate != "dense" for f in fates):
+    if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
         listing = "\n".join(f"  {f.name} {f.shape}: {f.reason}" for f in fates)
         raise ValueError(
             f"no layer holds a {block_size}x{block_size} block of zeros, so there is nothing to convert:\n{listing}\n"
@@ -159,9 +165,27 @@ def to_block_sparse(
         return BlockSparseLinear.from_dense(linear, block_size, backend=backend)
 
     replace_modules(model, dict.fromkeys(converts, convert))
+    if dense_backend is not None:
+        _place_dense(model, dense_backend)
     if fuse_gelu:
         _fuse_gelu(model)
     return model
+
+
+DENSE_BLOCK_SIZE = 32
+"""Of layers without zero blocks: wide enough for every panel of outputs, and 1000 classes are padded to 1024 only."""
+
+
+def _place_dense(model: nn.Module, backend: str) -> None:
+    def chosen(linear: nn.Linear) -> bool:
+        weight = linear.weight
+        return resolve(backend, weight.device, weight.dtype, DENSE_BLOCK_SIZE, 0.0).name != "dense"
+
+    def convert(linear: nn.Linear) -> BlockSparseLinear:
+        return BlockSparseLinear.from_dense(linear, DENSE_BLOCK_SIZE, backend=backend)
+
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
+    replace_modules(model, dict.fromkeys([name for name, linear in layers.items() if chosen(linear)], convert))
 
 
 def _fuse_gelu(model: nn.Module) -> None:

@@ -122,7 +122,8 @@ class BlockSparseLinear(nn.Module):
         if self._pad_in:
             x = F.pad(x, (0, self._pad_in))
         bias = F.pad(self.bias, (0, self._pad_out)) if self._pad_out and self.bias is not None else self.bias
-        packed = {name.removeprefix("_packed_"): getattr(self, name) for name in self._packed_names}
+        # From the dict of buffers: looking one up as an attribute costs a microsecond, ten times as much.
+        packed = {name.removeprefix("_packed_"): self._buffers[name] for name in self._packed_names}
         y = self.backend.linear(x, packed, bias, self.activation)
         if self._pad_out:
             y = y.narrow(1, 0, self.out_features)

@@ -4,7 +4,7 @@ To add a backend, write a module here with a subclass of ``registry.Backend``, d
 import it below.
 """
 
-from . import blksprs_bsr, dense, gather, torch_bsr, torch_tuned, torchao_bsr  # noqa: F401  (importing one registers it)
+from . import blksprs_bsr, cpu, dense, gather, torch_bsr, torch_tuned, torchao_bsr  # noqa: F401  (each registers itself)
 from .registry import ACTIVATIONS, Backend, BackendUnavailableError, backends, named, register, resolve
 
 __all__ = ["ACTIVATIONS", "Backend", "BackendUnavailableError", "backends", "named", "register", "resolve"]

@@ -98,17 +98,26 @@ def resolve(
         BackendUnavailableError: it exists but cannot run here; the message says why.
     """
     device = torch.device(device)
-    refusals = {n: b.refusal(device, dtype, block_size) for n, b in _BACKENDS.items()}
-    able = [n for n, why in refusals.items() if why is None]
     if name == "auto":
-        if not able:
-            reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
-            raise BackendUnavailableError(f"no backend runs {dtype} on {device} in blocks of {block_size} ({reasons})")
-        return max((_BACKENDS[n] for n in able), key=lambda b: b.preference(device, dtype, block_size, sparsity))
+        return _preferred(device, dtype, block_size, sparsity)
     backend = named(name)
-    if refusals[name] is not None:
+    if (why := backend.refusal(device, dtype, block_size)) is not None:
+        able = [n for n, b in _BACKENDS.items() if b.refusal(device, dtype, block_size) is None]
         raise BackendUnavailableError(
-            f"backend {name!r} cannot run {dtype} on {device} in blocks of {block_size}: {refusals[name]}; "
+            f"backend {name!r} cannot run {dtype} on {device} in blocks of {block_size}: {why}; "
             f"use backend='auto' or one of {able}"
         )
     return backend
+
+
+def _preferred(device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float) -> type[Backend]:
+    # Asked in the order of preference and no further: to find out whether it can run, a backend may have to be built.
+    refusals = {}
+    ranked = sorted(_BACKENDS.values(), key=lambda b: -b.preference(device, dtype, block_size, sparsity))
+    for backend in ranked:
+        why = backend.refusal(device, dtype, block_size)
+        if why is None:
+            return backend
+        refusals[backend.name] = why
+    reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
+    raise BackendUnavailableError(f"no backend runs {dtype} on {device} in blocks of {block_size} ({reasons})")

@@ -1,0 +1,156 @@
+"""Compiles the C++ kernels at first use, once for each source, instruction set and version of PyTorch.
+
+At first use rather than at installation: a wheel stays free of machine code, so it installs without a compiler and runs
+on any CPU, and the compiler is told which instructions this CPU has. It takes about ten seconds, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+TIMEOUT = 300
+"""Seconds after which a compiler counts as hung; ten are usual."""
+
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+"""``fp-contract``: multiply-adds become FMA. No flag lets the compiler assume that there is no NaN."""
+
+ISA_FLAGS = {
+    "avx512_bf16": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),  # what every CPU of the architecture has: SSE2, NEON
+}
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be compiled; the message says why and what to do."""
+
+
+@cache
+def isa() -> str:
+    """The best instruction set of ``ISA_FLAGS`` that this CPU has and PyTorch uses.
+
+    PyTorch's choice is followed so that ``ATEN_CPU_CAPABILITY`` (``default``, ``avx2``) lowers both; it is checked
+    against the CPU because that variable may also name more than the CPU has.
+    """
+    used = torch.backends.cpu.get_cpu_capability()
+    if used == "AVX512" and torch.cpu._is_avx512_supported():
+        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+    if used in ("AVX2", "AVX512") and torch.cpu._is_avx2_supported():
+        return "avx2"
+    return "baseline"
+
+
+def cache_folder() -> Path:
+    """``$BLOCKVIT_CACHE/kernels``, or ``blockvit/kernels`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
+    if chosen := os.environ.get("BLOCKVIT_CACHE"):
+        return Path(chosen) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockvit" / "kernels"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One C++ file of ``csrc`` and what it is compiled for."""
+
+    source: str
+    isa: str
+
+    @property
+    def name(self) -> str:
+        """File name; tells apart all that must not be mixed up where a cache is shared between machines."""
+        digest = hashlib.sha256()
+        for path in sorted(SOURCES.iterdir()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        machine = (platform.system(), platform.machine(), *platform.libc_ver())
+        digest.update(repr((FLAGS, ISA_FLAGS[self.isa], torch.__version__, machine)).encode())
+        return f"{Path(self.source).stem}-{self.isa}-{digest.hexdigest()[:16]}.so"
+
+    def command(self, compiler: str, output: Path) -> list[str]:
+        """The compiler's command line. Links to the PyTorch that is loaded, and so to its OpenMP: no second one."""
+        root = Path(torch.__file__).parent
+        undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+        return [
+            *(compiler, *FLAGS, *ISA_FLAGS[self.isa], "-shared", "-fPIC", f"-I{root / 'include'}"),
+            *(str(SOURCES / self.source), "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", *undefined),
+        ]
+
+
+def build(library: Library) -> Path:
+    """The compiled ``library``, from the cache or made now.
+
+    Several processes may call this at once, on several machines that share the cache: one compiles, the others wait,
+    and a file appears under its name only when it is whole.
+
+    Raises:
+        BuildError: no compiler, or it fails.
+    """
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if (folder / library.name).is_file():
+        return folder / library.name
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.mkdtemp(prefix="blockvit-kernels-"))  # for this process alone
+    target = folder / library.name
+    with _locked(target.with_suffix(".lock")):
+        if not target.is_file():
+            _compile(library, target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file lock. Where there are none (some network disks) both compile, and the last to finish is kept."""
+    with path.open("w") as file:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def find_compiler() -> str:
+    """``$CXX``, else the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on the PATH; install g++ or clang++, or set CXX")
+
+
+def _compile(library: Library, target: Path) -> None:
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows; use Linux, macOS or WSL")
+    compiler = find_compiler()
+    handle, unfinished = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".tmp")
+    os.close(handle)
+    try:
+        command = library.command(compiler, Path(unfinished))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        if done.returncode:
+            errors = "\n".join(done.stderr.strip().splitlines()[:5])
+            raise BuildError(f"{compiler} cannot compile {library.source} for {library.isa}:\n{errors}")
+        Path(unfinished).chmod(0o755)
+        Path(unfinished).replace(target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler} did not compile {library.source}: {error}") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""Block-sparse linear layers on CPUs: a C++ kernel with fused bias and GELU, float32 and bfloat16.
+
+The kernel (``csrc/block_linear.h``) works in tiles of a few tokens x a panel of 8, 16 or 32 outputs that stay in
+registers over all blocks of a block row. It is compiled at first use for the instructions of this CPU (``build.py``).
+Faster than PyTorch's dense linear from about no sparsity on.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..bsr import BSRMatrix, dense_from_bsr
+from . import build
+from .registry import Backend, register
+
+_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def load() -> str | None:
+    """Compile the kernel if need be and load its operators; None, or why that failed.
+
+    Called by every conversion for a CPU. A process that runs an exported program without converting anything calls it
+    itself. Failure warns once: the layers then take a slower backend.
+    """
+    try:
+        torch.ops.load_library(build.build(build.Library("cpu_linear.cpp", build.isa())))
+        torch.library.register_fake("blockvit::cpu_linear", _fake)
+        torch.library.register_fake("blockvit::cpu_linear_no_grad", _fake)
+        torch.library.register_autograd("blockvit::cpu_linear", _backward, setup_context=_save_inputs)
+    except (build.BuildError, OSError) as error:
+        warnings.warn(
+            f"blockvit's CPU kernel is not available, so block-sparse layers run in plain PyTorch, which is several "
+            f"times slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"its C++ kernel could not be built: {error}"
+    return None
+
+
+def _block_size(weight: Tensor) -> int:
+    return weight.shape[1] * (weight.shape[3] if weight.ndim == 4 else 1)
+
+
+def _fake(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    return x.new_empty(x.shape[0], (crow.shape[0] - 1) * _block_size(weight))
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # For fine-tuning what is around frozen sparse layers. The input of the GELU is computed again instead of being
+    # kept, and the gradient goes through the dense weight: a second, transposed packing would double the memory.
+    x, weight, crow, col, bias = ctx.saved_tensors
+    if ctx.activation:
+        before = torch.ops.blockvit.cpu_linear_no_grad(x, weight, crow, col, bias, 0)
+        approximate = "none" if ctx.activation == _CODES["gelu"] else "tanh"
+        grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        block_shape = crow.shape[0] - 1, x.shape[1] // _block_size(weight)
+        grad_x = grad @ dense_from_bsr(crow, col, unpack(weight, crow), block_shape)
+    if bias is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(dim=0)
+    return grad_x, None, None, None, grad_bias, None
+
+
+def _places(crow: Tensor, nnz: int, panels: int) -> Tensor:
+    """``(nnz, panels)``: where panel p of stored block i lies. Within a block row it is panel by panel."""
+    crow = crow.long()
+    counts = crow.diff()
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=crow.device), counts, output_size=nnz)
+    first, in_row = crow[rows], torch.arange(nnz, device=crow.device) - crow[rows]
+    return (panels * first + in_row)[:, None] + counts[rows, None] * torch.arange(panels, device=crow.device)
+
+
+def pack(values: Tensor, crow: Tensor, width: int) -> Tensor:
+    """``values`` ``(nnz, b, b)`` in the order in which the kernel reads them, in panels of ``width`` outputs.
+
+    float32: ``(nnz * b / width, b, width)``, a step in k after the other. bfloat16: ``(nnz * b / width, b / 2, width,
+    2)``, pairs of steps side by side, as instructions for bfloat16 take them.
+    """
+    nnz, b, _ = values.shape
+    panels = values.view(nnz, b // width, width, b).transpose(2, 3)
+    if values.dtype == torch.bfloat16:
+        panels = panels.unflatten(2, (b // 2, 2)).transpose(3, 4)
+    packed = values.new_empty(nnz * (b // width), *panels.shape[2:])
+    packed[_places(crow, nnz, b // width).flatten()] = panels.flatten(0, 1)
+    return packed
+
+
+def unpack(weight: Tensor, crow: Tensor) -> Tensor:
+    """The values ``(nnz, b, b)`` that ``pack`` was given; tensor operations only, so that it can be traced."""
+    b, width = _block_size(weight), weight.shape[2]
+    nnz = weight.shape[0] * width // b
+    panels = weight[_places(crow, nnz, b // width)]
+    if weight.ndim == 4:
+        panels = panels.transpose(3, 4).flatten(2, 3)
+    return panels.transpose(2, 3).reshape(nnz, b, b)
+
+
+@register
+class CPU(Backend):
+    """C++ kernel; float32 and bfloat16, block sizes that are multiples of 8; differentiable in ``x`` and ``bias``.
+
+    In bfloat16 the sums are float32; products are exact in float32 or, on CPUs with AVX-512 BF16, made by that.
+    """
+
+    name = "cpu"
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
+        """What the kernel was not written for; and, once that is settled, why it could not be built."""
+        if device.type != "cpu":
+            return "its kernel runs on a CPU only"
+        if dtype not in DTYPES:
+            return "its kernel takes float32 and bfloat16 only"
+        if block_size % 8:
+            return "its kernel needs a block size that is a multiple of 8"
+        return load()
+
+    @classmethod
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
+        """First on a CPU."""
+        return 2.0
+
+    @staticmethod
+    def pack(weight: BSRMatrix) -> dict[str, Tensor]:
+        """``weight``: see ``pack`` above; ``crow`` and ``col``: the indices as they are."""
+        crow, col = weight.crow_indices.contiguous(), weight.col_indices.contiguous()
+        width = torch.ops.blockvit.cpu_panel_width(weight.block_size)
+        return {"weight": pack(weight.values, crow, width), "crow": crow, "col": col}
+
+    @staticmethod
+    def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
+        """See ``Backend.linear``."""
+        operator = torch.ops.blockvit.cpu_linear.default
+        # Autograd registered from Python costs 9 microseconds a call, as much as a small layer takes at batch size 1,
+        # also where no gradient is asked for. A traced graph leaves it out by itself.
+        if not torch.compiler.is_compiling():
+            wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+            if not (wanted and torch.is_grad_enabled()):
+                operator = torch.ops.blockvit.cpu_linear_no_grad.default
+        return operator(x, packed["weight"], packed["crow"], packed["col"], bias, _CODES[activation])
+
+
+def peak_flops(seconds: float = 0.1) -> float:
+    """Measured floating-point operations a second of multiply-adds in registers, on all of PyTorch's threads.
+
+    What no float32 kernel can exceed here: the roof of a roofline. The best of several runs in about ``seconds``.
+
+    Raises:
+        RuntimeError: the kernel could not be built.
+    """
+    if reason := load():
+        raise RuntimeError(f"the peak cannot be measured: {reason}")
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        done = torch.ops.blockvit.cpu_multiply_adds(200_000)
+        best = max(best, done / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,195 @@
+// The kernel of block_linear.h against sums in double, without PyTorch, so that sanitizers can watch it. Every buffer
+// is exactly as long as it may be read or written. Prints what failed; the exit status is the number of failures.
+#include "block_linear.h"
+
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+using namespace blockvit;
+
+struct Case {
+  int64_t tokens, block_size, panel_width, block_rows, block_columns, stride_extra;
+  double density;  // below 0: one long row, the others empty
+  bool bias;
+  Activation activation;
+  int threads;
+};
+
+std::mt19937 generator(0);
+
+float to_float(float value) { return value; }
+float to_float(bf16 value) { return widen(value); }
+
+void assign(float& to, float value) { to = value; }
+void assign(bf16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  to.bits = uint16_t(bits >> 16);
+}
+
+template <typename T>
+std::vector<T> normal(size_t count) {
+  std::normal_distribution<float> distribution;
+  std::vector<T> numbers(count);
+  for (T& number : numbers) assign(number, distribution(generator));
+  return numbers;
+}
+
+double reference_activation(double x, Activation activation) {
+  if (activation == GELU) return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+  if (activation == GELU_TANH) return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+  return x;
+}
+
+struct Threads {
+  void operator()(int64_t count, const std::function<void()>& body) const {
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < count; ++i) threads.emplace_back(body);
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+struct Indices {
+  std::vector<int32_t> crow{0}, col;
+};
+
+Indices random_indices(const Case& c) {
+  std::bernoulli_distribution kept(std::max(c.density, 0.0));
+  Indices indices;
+  for (int64_t row = 0; row < c.block_rows; ++row) {
+    for (int64_t column = 0; column < c.block_columns; ++column) {
+      if (c.density < 0 ? row == c.block_rows / 2 : kept(generator)) indices.col.push_back(int32_t(column));
+    }
+    indices.crow.push_back(int32_t(indices.col.size()));
+  }
+  return indices;
+}
+
+// Where weight (output o, step k) of stored block `block` of row `row` lies in the packed weights.
+template <typename T>
+size_t place(const Case& c, const Indices& indices, int64_t row, int64_t block, int64_t o, int64_t k) {
+  const int64_t b = c.block_size, w = c.panel_width, first = indices.crow[row], in_row = indices.crow[row + 1] - first;
+  const int64_t run = first * (b / w) + (o / w) * in_row + (block - first);
+  if constexpr (sizeof(T) == 4) return run * b * w + k * w + o % w;
+  return run * b * w + (k / 2) * w * 2 + (o % w) * 2 + k % 2;
+}
+
+template <typename T>
+int run(const Case& c) {
+  const int64_t b = c.block_size, inputs = c.block_columns * b, outputs = c.block_rows * b;
+  const int64_t stride = inputs + c.stride_extra;
+  const Indices indices = random_indices(c);
+  const auto x = normal<T>((c.tokens - 1) * stride + inputs);
+  const auto weight = normal<T>(indices.col.size() * b * b);
+  const auto bias = normal<T>(outputs);
+  std::vector<T> y(c.tokens * outputs);
+  const Layer<T> layer{x.data(), weight.data(), indices.crow.data(), indices.col.data(), c.bias ? bias.data() : nullptr,
+                       y.data(), c.tokens, inputs, outputs, stride, b, c.activation};
+  block_linear(layer, c.panel_width, c.threads, Threads{});
+
+  double worst = 0;
+  for (int64_t token = 0; token < c.tokens; ++token) {
+    for (int64_t output = 0; output < outputs; ++output) {
+      const int64_t row = output / b;
+      double sum = c.bias ? to_float(bias[output]) : 0, size = 1;
+      for (int64_t block = indices.crow[row]; block < indices.crow[row + 1]; ++block) {
+        for (int64_t k = 0; k < b; ++k) {
+          const double product = double(to_float(weight[place<T>(c, indices, row, block, output % b, k)])) *
+                                 to_float(x[token * stride + indices.col[block] * b + k]);
+          sum += product;
+          size += product * product;
+        }
+      }
+      const double error = std::abs(to_float(y[token * outputs + output]) - reference_activation(sum, c.activation));
+      worst = std::max(worst, std::isnan(error) ? 1e9 : error / (std::sqrt(size) + std::abs(sum)));
+    }
+  }
+  if (worst <= (sizeof(T) == 4 ? 3e-6 : 8e-3)) return 0;
+  std::printf("%zu-byte numbers, tokens %ld, block %ld, panel %ld, %ld x %ld blocks, density %g, activation %ld, "
+              "threads %d: error %g\n", sizeof(T), long(c.tokens), long(b), long(c.panel_width), long(c.block_rows),
+              long(c.block_columns), c.density, long(c.activation), c.threads, worst);
+  return 1;
+}
+
+int run_both(const Case& c) { return run<float>(c) + run<bf16>(c); }
+
+int sizes() {
+  int failed = 0;
+  for (const int64_t b : {8, 16, 32, 64, 128}) {
+    for (const int64_t width : {8, 16, 32}) {
+      if (b % width) continue;
+      const int64_t mr = width == 8 ? MR<8> : width == 16 ? MR<16> : MR<32>;
+      for (const int64_t tokens : {int64_t(1), mr - 1, mr, mr + 1, 3 * mr + 2}) {
+        if (tokens == 0) continue;
+        failed += run_both({tokens, b, width, 3, 300 / b + 1, 0, 0.4, true, NONE, 1});
+        if (tokens == mr + 1) {
+          for (const double density : {0.0, 1.0, -1.0}) {
+            failed += run_both({tokens, b, width, 2, 300 / b + 1, 0, density, true, NONE, 1});
+          }
+        }
+      }
+    }
+  }
+  return failed;
+}
+
+int layouts() {  // many tokens, many units, x with gaps and x that is one row for all tokens
+  int failed = 0;
+  for (const Activation activation : {NONE, GELU, GELU_TANH}) {
+    for (const double density : {0.2, -1.0}) {
+      for (const int64_t stride_extra : {0, 3, -(30 * 16)}) {
+        const int threads = 1 + int(stride_extra & 3) + activation;
+        failed += run_both({131, 16, panel_width(16), 30, 30, stride_extra, density, density < 0, activation, threads});
+      }
+    }
+  }
+  return failed;
+}
+
+// Infinite, NaN, tiny and huge numbers through the activations; all four in a vector with ordinary ones.
+int extremes() {
+  constexpr int N = BLOCKVIT_LANES;
+  int failed = 0;
+  for (const Activation activation : {GELU, GELU_TANH}) {
+    for (const float x : {0.0f, 1e-40f, -1e-40f, 1e-6f, -5.0f, 11.6f, 11.8f, -11.8f, 90.0f, -90.0f, 3e38f, -3e38f,
+                          INFINITY, NAN}) {
+      f32v<N> numbers = f32v<N>{} + 1.0f;
+      numbers[N - 1] = x;
+      const f32v<N> results = activate<N>(numbers, activation);
+      const double expected = std::abs(x) > 1e30f ? std::max(x, 0.0f) : reference_activation(x, activation);
+      const double got = results[N - 1];
+      const double allowed = 3e-7 * std::max(1.0, double(x));
+      const bool right = std::isnan(x) ? std::isnan(got) : got == expected || std::abs(got - expected) <= allowed;
+      const bool neighbour = std::abs(results[0] - reference_activation(1, activation)) < 1e-6;
+      if (right && neighbour) continue;
+      std::printf("activation %ld of %g is %g, expected %g\n", long(activation), x, got, expected);
+      ++failed;
+    }
+  }
+  return failed;
+}
+
+int rounding() {
+  constexpr int N = BLOCKVIT_LANES;
+  const std::pair<uint32_t, uint16_t> cases[] = {{0x3f808000, 0x3f80}, {0x3f818000, 0x3f82}, {0x3f808001, 0x3f81},
+                                                 {0x7f800000, 0x7f80}, {0xff800000, 0xff80}, {0x7fffffff, 0x7fc0},
+                                                 {0x7f7fffff, 0x7f80}, {0x80000000, 0x8000}};
+  int failed = 0;
+  for (const auto& [from, to] : cases) {
+    bf16 stored[N];
+    store<N>(stored, (f32v<N>)(u32v<N>{} + from));
+    for (const bf16& number : stored) failed += number.bits != to;
+  }
+  if (failed) std::printf("bfloat16 is rounded wrongly %d times\n", failed);
+  return failed;
+}
+
+int main() {
+  const int failed = sizes() + layouts() + extremes() + rounding() + (multiply_add(1000) <= 0);
+  std::printf("%d failures, %d lanes\n", failed, BLOCKVIT_LANES);
+  return failed ? 1 : 0;
+}

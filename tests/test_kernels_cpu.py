@@ -1,0 +1,448 @@
+"""The C++ kernel for CPUs: its results and errors, its operators, its build, and its sources under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix
+from blockvit.kernels import build, cpu, resolve
+
+CPU = torch.device("cpu")
+ACTIVATIONS = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+BLOCK_SIZES = [8, 16, 32, 64, 128]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative to the largest result
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def kernel(request):
+    if "without_kernel" not in request.keywords and (why := cpu.load()):
+        pytest.skip(why)
+
+
+def masked_weight(out_features, in_features, block_size, mask):
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    elements = mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    return weight * elements[:out_features, :in_features]
+
+
+def random_mask(out_features, in_features, block_size, density):
+    return (torch.rand(-(-out_features // block_size), -(-in_features // block_size)) < density).float()
+
+
+def layer(weight, block_size, *, bias=True, activation=None, dtype=torch.float32):
+    bias = torch.randn(weight.shape[0], dtype=dtype) if bias else None
+    matrix = BSRMatrix.from_dense(weight.to(dtype), block_size)
+    return BlockSparseLinear(matrix, bias, backend="cpu", activation=activation)
+
+
+def in_float64(sparse, x):
+    bias = None if sparse.bias is None else sparse.bias.double()
+    return ACTIVATIONS[sparse.activation](F.linear(x.double(), sparse.bsr.to_dense().double(), bias))
+
+
+def assert_right(sparse, x):
+    y, expected = sparse(x), in_float64(sparse, x)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    error = (y.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
+    assert error <= TOLERANCE[x.dtype], f"relative error {error:.1e}"
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("tokens", [1, 5, 6, 7, 11, 12, 13, 61, 197])
+def test_tails_of_tokens(block_size, dtype, tokens):
+    weight = masked_weight(256, 384, block_size, random_mask(256, 384, block_size, 0.4))
+    for activation in ACTIVATIONS:
+        sparse = layer(weight, block_size, activation=activation, bias=activation != "gelu", dtype=dtype)
+        assert_right(sparse, torch.randn(tokens, 384).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("shape", [(1000, 72), (10, 3), (129, 257), (8, 130), (7, 1)])
+def test_sizes_that_are_multiples_of_nothing(block_size, dtype, shape):
+    sparse = layer(masked_weight(*shape, block_size, random_mask(*shape, block_size, 0.7)), block_size, dtype=dtype)
+    assert_right(sparse, torch.randn(9, shape[1]).to(dtype))
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_rows_without_blocks_and_a_weight_without_any(block_size):
+    mask = random_mask(512, 256, block_size, 0.5)
+    mask[::2] = 0
+    x = torch.randn(50, 256)
+    assert_right(layer(masked_weight(512, 256, block_size, mask), block_size, activation="gelu"), x)
+    nothing = layer(torch.zeros(512, 256), block_size)
+    assert torch.equal(nothing(x), nothing.bias.expand(50, 512))
+    assert torch.equal(layer(torch.zeros(512, 256), block_size, bias=False)(x), torch.zeros(50, 512))
+
+
+@pytest.mark.parametrize("threads", range(1, (os.cpu_count() or 1) + 1))
+def test_rows_of_very_different_lengths_on_any_number_of_threads(threads):
+    mask = torch.zeros(64, 96)
+    mask[3] = 1
+    mask[40, 7] = 1
+    mask[63, ::2] = 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (1, 40, 400):
+            assert_right(layer(masked_weight(1024, 1536, 16, mask), 16), torch.randn(tokens, 1536))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    sparse = layer(masked_weight(768, 768, 32, random_mask(768, 768, 32, 0.5)), 32, activation="gelu")
+    x = torch.randn(197, 768)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(sparse(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_layouts_of_x():
+    sparse = layer(masked_weight(64, 96, 16, random_mask(64, 96, 16, 0.5)), 16)
+    for x in (
+        torch.randn(96, 20).t(),
+        torch.randn(40, 96)[::2],
+        torch.randn(20, 200)[:, 7:103],
+        torch.randn(20, 192)[:, ::2],
+        torch.randn(96).expand(20, 96),
+        torch.randn(3, 4, 5, 96),
+        torch.randn(5, 96, 4).transpose(1, 2),
+    ):
+        assert_right(sparse, x)
+
+
+@pytest.mark.parametrize("inputs", [64, 768, 3072])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_float32_error_is_at_most_twice_that_of_pytorchs_dense_linear(inputs, activation, sparsity):
+    weight = masked_weight(768, inputs, 32, random_mask(768, inputs, 32, 1 - sparsity))
+    sparse = layer(weight, 32, activation=activation)
+    x = torch.randn(197, inputs)
+    expected = in_float64(sparse, x)
+    ours = (sparse(x) - expected).abs()
+    theirs = (ACTIVATIONS[activation](F.linear(x, weight, sparse.bias)) - expected).abs()
+    assert ours.max() <= 2 * theirs.max()
+    assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_alone_is_as_exact_as_pytorchs(activation):
+    sparse = BlockSparseLinear(BSRMatrix.from_dense(torch.eye(16), 16), backend="cpu", activation=activation)
+    x = torch.linspace(-12, 12, 1600001)[:1600000].view(-1, 16)
+    expected = ACTIVATIONS[activation](x.double())
+    ours, theirs = ((y - expected).abs().max() for y in (sparse(x), ACTIVATIONS[activation](x)))
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_of_extreme_numbers(activation):
+    weight = torch.zeros(16, 16)
+    weight[:, 0] = 1
+    sparse = BlockSparseLinear(BSRMatrix.from_dense(weight, 16), backend="cpu", activation=activation)
+    x = torch.zeros(7, 16)
+    x[:, 0] = torch.tensor([float("inf"), 1e38, 200.0, -1e38, -200.0, 1e-40, float("nan")])
+    y = sparse(x)
+    assert torch.equal(y[:3], x[:3, :1].expand(3, 16))
+    assert (y[3:6].abs() < 1e-25).all()
+    assert y[6].isnan().all()
+
+
+def test_inference_mode_and_calls_from_several_threads():
+    sparse = layer(masked_weight(768, 768, 32, random_mask(768, 768, 32, 0.5)), 32)
+    x = torch.randn(64, 768)
+    with torch.inference_mode():
+        expected = sparse(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, expected) for y in pool.map(sparse, [x] * 8))
+
+
+def test_what_it_refuses():
+    for dtype, block_size, message in (
+        (torch.float64, 16, "takes float32 and bfloat16 only"),
+        (torch.float16, 16, "takes float32 and bfloat16 only"),
+        (torch.float32, 12, "needs a block size that is a multiple of 8"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=message):
+            resolve("cpu", CPU, dtype, block_size)
+    assert "runs on a CPU only" in cpu.CPU.refusal(torch.device("cuda"), torch.float32, 16)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_auto_takes_it_on_a_cpu(sparsity):
+    assert resolve("auto", CPU, torch.float32, 32, sparsity).name == "cpu"
+    assert resolve("auto", CPU, torch.float64, 32, sparsity).name != "cpu"
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def operands(dtype=torch.float32, **kwargs):
+    sparse = layer(masked_weight(64, 96, 16, random_mask(64, 96, 16, 0.5)), 16, dtype=dtype)
+    packed = cpu.CPU.pack(sparse.bsr)
+    x = torch.randn(7, 96, dtype=dtype, **kwargs)
+    return [x, packed["weight"], packed["crow"], packed["col"], sparse.bias]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_any_panel_width_gives_the_same(dtype, block_size, width):
+    """As when a program exported on one CPU runs on another."""
+    if block_size % width:
+        pytest.skip(f"no panels of {width} in blocks of {block_size}")
+    matrix = BSRMatrix.from_dense(
+        masked_weight(256, 256, block_size, random_mask(256, 256, block_size, 0.5)), block_size
+    )
+    values, crow = matrix.values.to(dtype), matrix.crow_indices
+    packed = cpu.pack(values, crow, width)
+    assert torch.equal(cpu.unpack(packed, crow), values)
+    x = torch.randn(21, 256).to(dtype)
+    y = torch.ops.blockvit.cpu_linear(x, packed, crow, matrix.col_indices, None, 0)
+    expected = x.double() @ BSRMatrix(crow, matrix.col_indices, values, matrix.shape).to_dense().double().t()
+    assert (y.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("activation", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(activation, dtype):
+    x, *rest, bias = operands(dtype)
+    torch.library.opcheck(torch.ops.blockvit.cpu_linear_no_grad, (x, *rest, bias, activation))
+    for b in (None, bias.requires_grad_()):
+        torch.library.opcheck(torch.ops.blockvit.cpu_linear, (x.requires_grad_(), *rest, b, activation))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_gradients_of_input_and_bias(activation, block_size):
+    weight = masked_weight(128, 192, block_size, random_mask(128, 192, block_size, 0.5))
+    sparse = layer(weight, block_size, activation=activation)
+    sparse.bias.requires_grad_()
+    x = torch.randn(5, 192, requires_grad=True)
+    grad = torch.randn(5, 128)
+    ours = torch.autograd.grad(sparse(x), [x, sparse.bias], grad)
+    exact = [x.detach().double().requires_grad_(), sparse.bias.detach().double().requires_grad_()]
+    y = ACTIVATIONS[activation](F.linear(exact[0], weight.double(), exact[1]))
+    for mine, theirs in zip(ours, torch.autograd.grad(y, exact, grad.double()), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert not sparse(x).requires_grad
+
+
+def test_wrong_operands_are_errors():
+    x, weight, crow, col, bias = operands()
+    call = torch.ops.blockvit.cpu_linear
+    for arguments, message in (
+        ((x.double(), weight, crow, col, bias, 0), "both float32 or both bfloat16"),
+        ((x.bfloat16(), weight, crow, col, bias, 0), "both float32 or both bfloat16"),
+        ((x.bfloat16(), weight.bfloat16(), crow, col, None, 0), "expected 3 in float32, 4 in bfloat16"),
+        ((x[:, :80], weight, crow, col, bias, 0), "fewer than the weight reads"),
+        ((x[:, :90], weight, crow, col, bias, 0), "multiple of the block size 16"),
+        ((x, weight[1:], crow, col, bias, 0), "do not belong to"),
+        ((x, weight[..., :4], crow, col, bias, 0), "expected contiguous panels of 8, 16 or 32"),
+        ((x, weight, crow.long(), col, bias, 0), "int32 indices"),
+        ((x, weight, crow, col, bias[:5], 0), "a bias of 64 numbers"),
+        ((x, weight, crow, col, bias, 3), "activation is 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_compiles_whole_and_exports(dtype, tmp_path):
+    torch._dynamo.reset()
+    model = nn.Sequential(
+        layer(masked_weight(128, 64, 16, random_mask(128, 64, 16, 0.5)), 16, activation="gelu", dtype=dtype),
+        nn.LayerNorm(128, dtype=dtype),
+        layer(masked_weight(40, 128, 16, random_mask(40, 128, 16, 0.5)), 16, dtype=dtype),
+    ).eval()
+    x = torch.randn(3, 9, 64, dtype=dtype)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        torch.testing.assert_close(loaded(x.repeat(2, 1, 1)), expected.repeat(2, 1, 1))
+
+
+def test_peak_is_a_rate():
+    assert 1e9 < cpu.peak_flops(0.02) < 1e14
+
+
+# --- the build -------------------------------------------------------------------------------------------------------
+
+TRIES = """
+    import sys, warnings, torch, blockvit
+    from blockvit.kernels import cpu, build, resolve
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        linear = torch.nn.Linear(256, 32)
+        with torch.no_grad():
+            linear.weight[:, 16:] = 0
+        sparse = [blockvit.BlockSparseLinear.from_dense(linear, 16) for _ in range(3)]
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(sparse[0](x), linear(x))
+    messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    print(sparse[0].backend.name, len(messages), build.isa(), *messages, sep="|")
+"""
+
+
+def run_python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output.strip().split("|")
+
+
+@pytest.mark.slow
+def test_two_processes_build_at_once_and_the_next_takes_the_file(tmp_path):
+    environment = {"BLOCKVIT_CACHE": str(tmp_path)}
+    for process in [run_python(TRIES, **environment) for _ in range(2)]:
+        assert answer(process)[:2] == ["cpu", "0"]
+    (library,) = (tmp_path / "kernels").glob("*.so")
+    assert not list(tmp_path.rglob("*.tmp"))
+    made = library.stat().st_mtime_ns
+    assert answer(run_python(TRIES, CXX="/nowhere/c++", **environment))[:2] == ["cpu", "0"]  # no compiler needed
+    assert library.stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+def test_a_cpu_without_avx_gets_a_library_of_its_own(tmp_path):
+    environment = {"BLOCKVIT_CACHE": str(tmp_path), "ATEN_CPU_CAPABILITY": "default"}
+    assert answer(run_python(TRIES, **environment))[:3] == ["cpu", "0", "baseline"]
+    assert [p.name.split("-")[1] for p in (tmp_path / "kernels").glob("*.so")] == ["baseline"]
+
+
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_without_a_working_compiler_one_warning_and_another_backend(tmp_path, compiler):
+    name, count, _, *message = answer(run_python(TRIES, BLOCKVIT_CACHE=str(tmp_path), CXX=compiler))
+    assert (name, count) == ("gather", "1")
+    assert "CPU kernel is not available" in message[0]
+    assert ("install g++ or clang++, or set CXX" if "nowhere" in compiler else "cannot compile") in message[0]
+    assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.without_kernel
+def test_asked_for_by_name_without_a_compiler_it_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(BackendUnavailableError, match=r"could not be built: no C\+\+ compiler: /nowhere/c\+\+"):
+            resolve("cpu", CPU, torch.float32, 16)
+
+
+@pytest.mark.without_kernel
+def test_a_cache_that_cannot_be_written_is_gone_around(tmp_path, monkeypatch):
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    monkeypatch.setenv("BLOCKVIT_CACHE", str(blocked))
+    monkeypatch.setattr(build, "_compile", lambda library, target: target.touch())
+    made = build.build(build.Library("cpu_linear.cpp", "baseline"))
+    assert made.is_file() and tmp_path not in made.parents
+
+
+@pytest.mark.without_kernel
+def test_the_library_is_named_after_all_that_it_depends_on(monkeypatch):
+    names = [build.Library("cpu_linear.cpp", isa).name for isa in build.ISA_FLAGS]
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    names.append(build.Library("cpu_linear.cpp", "avx2").name)
+    monkeypatch.setattr(build, "FLAGS", ("-O1",))
+    names.append(build.Library("cpu_linear.cpp", "avx2").name)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.without_kernel
+def test_the_environment_cannot_name_more_than_the_cpu_has(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    assert build.isa.__wrapped__() == "baseline"
+
+
+# --- sanitizers ------------------------------------------------------------------------------------------------------
+
+VARIANTS = {  # the instructions of this CPU; and the shapes of tiles that other CPUs have, with these instructions
+    "native": (),
+    "4 lanes": ("-DBLOCKVIT_LANES=4",),
+    "16 lanes": ("-DBLOCKVIT_LANES=16", "-DBLOCKVIT_REGISTERS=32"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernel_alone_is_clean_under_sanitizers(tmp_path, variant):
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}")
+    if subprocess.run([compiler, *sanitize, empty, "-o", tmp_path / "empty"], capture_output=True).returncode:
+        pytest.skip(f"{compiler} cannot link with -fsanitize=address,undefined; install libasan and libubsan")
+    program = tmp_path / "test"
+    flags = [
+        *build.FLAGS,
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        *build.ISA_FLAGS[build.isa()],
+    ]
+    sources = [f"-I{build.SOURCES}", TESTS / "cpu_linear_test.cpp", "-pthread", "-o", program]
+    subprocess.run([compiler, *flags, *sanitize, *VARIANTS[variant], *sources], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("0 failures")
+
+
+@pytest.mark.slow
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16"])
+def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    if subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0] != "x86_64":
+        pytest.skip("these instruction sets are those of x86-64")
+    library = build.Library("cpu_linear.cpp", isa)
+    subprocess.run(library.command(compiler, tmp_path / "library.so"), check=True)
