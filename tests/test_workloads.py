@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -18,8 +20,10 @@ from blockvit.workloads import (
     LinearCase,
     ModelCase,
     linear_cases,
+    mode_refusals,
     refusals,
     runnable,
+    runnable_modes,
     sparse_share,
     tuning_cases,
 )
@@ -253,6 +257,109 @@ def test_share_against_a_count_by_hand():
     }.items():
         by_hand = sum(multiply_adds[part] for part in parts) / total
         assert sparse_share("vit_digits", scope) == pytest.approx(by_hand, rel=1e-6), scope
+
+
+# --- ways to run the dense model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_engines(monkeypatch):
+    """Both engines as if installed; gives what was prepared: engine, model, the example's shape and the threads."""
+    prepared = []
+
+    def prepare(engine, model, example, threads=None):
+        prepared.append((engine, model, tuple(example.shape), threads))
+        return model
+
+    monkeypatch.setattr(workloads.engines, "prepare", prepare)
+    monkeypatch.setattr(workloads.engines, "_NEEDS", dict.fromkeys(ENGINES, ()))
+    workloads._engine_dense.cache_clear()
+    yield prepared
+    workloads._engine_dense.cache_clear()
+
+
+ENGINES = ("onnxruntime", "openvino")
+LAYER = LinearCase((48, 32), 5, 16, 0.5, backends=("gather",), dense_modes=ENGINES)
+VIT = ModelCase("vit_digits", "mlp", 2, 16, 0.5, dense_modes=ENGINES, sparse_modes=ENGINES)
+
+
+@pytest.mark.parametrize("case", [LAYER, VIT])
+def test_engines_run_the_dense_model(case, fake_engines):
+    rows = case.measure(CPU, SHORT)
+    check_times(rows)
+    everything = {("dense", mode) for mode in ("eager", *ENGINES)} | {("gather", "eager")}
+    assert set(by_backend(rows)) == everything, "and no sparse one"
+    assert {(key["backend"], key["compile"]) for key in case.keys(CPU)} == everything - {("dense", "eager")}
+    assert all(set(key) <= set(KEYS) for key in case.keys(CPU))
+    assert [engine for engine, *_ in fake_engines] == list(ENGINES)
+
+
+@pytest.mark.parametrize("case", [LAYER, VIT])
+def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
+    monkeypatch.setattr(workloads.engines, "refusal", lambda engine, *where: None if engine == "openvino" else "gone")
+    monkeypatch.setattr(workloads.engines, "prepare", lambda engine, model, *how: model)
+    workloads._engine_dense.cache_clear()
+    assert {(key["backend"], key["compile"]) for key in case.keys(CPU)} == {("dense", "openvino"), ("gather", "eager")}
+    assert ("dense", "onnxruntime") not in by_backend(case.measure(CPU, SHORT))
+    workloads._engine_dense.cache_clear()
+    assert mode_refusals(case.dense_modes, "cpu", ["fp32"]) == ["not measured: onnxruntime in fp32: gone"]
+
+
+def test_mode_refusals_name_each_reason_once(fake_engines):
+    assert mode_refusals(["compile", *ENGINES], "cpu", ["fp32"]) == []
+    (line,) = mode_refusals(["openvino", "openvino"], "cpu", ["fp32", "bf16", "fp16", "bf16"])[:1]
+    assert line == "not measured: openvino in bf16: openvino is measured in float32 only, not in bfloat16"
+    (line,) = mode_refusals(["cudagraph", "compile"], "cpu", ["fp32", "bf16"])
+    assert line == "not measured: cudagraph in fp32, bf16: CUDA graphs need an NVIDIA GPU, and the device is cpu"
+    assert runnable_modes(["compile", *ENGINES], CPU, "bf16") == ["eager", "compile"]
+
+
+def test_an_engine_is_prepared_once_for_a_model_batch_size_and_number_of_threads(fake_engines):
+    one = replace(VIT, dense_modes=("openvino",))
+    for case in (one, replace(one, sparsity=0.9), replace(one, batch_size=1), one):
+        case.measure(CPU, SHORT)
+    assert [(shape, threads) for _, _, shape, threads in fake_engines] == [((2, 3, 8, 8), 2), ((1, 3, 8, 8), 2)]
+    torch.set_num_threads(1)
+    try:
+        one.measure(CPU, SHORT)
+    finally:
+        torch.set_num_threads(2)
+    assert fake_engines[2:] == [("openvino", fake_engines[0][1], (2, 3, 8, 8), 1)]
+
+
+def test_an_engine_that_computes_something_else_costs_its_own_row(fake_engines, monkeypatch):
+    monkeypatch.setattr(workloads.engines, "prepare", lambda engine, model, *how: lambda x: 1.1 * model(x))
+    failed = [row for row in LAYER.measure(CPU, SHORT) if row["metric"] == "failed"]
+    assert [row["compile"] for row in failed] == list(ENGINES)
+    assert all("differs from the dense result" in row["note"] for row in failed)
+
+
+def test_a_linear_layer_compiled():
+    rows = replace(LAYER, dense_modes=("compile",)).measure(CPU, SHORT)
+    check_times(rows)
+    assert set(by_backend(rows)) == {("dense", "eager"), ("dense", "compile"), ("gather", "eager")}
+
+
+def test_without_a_backend_no_dense_mode_is_measured(fake_engines, monkeypatch):
+    unavailable(monkeypatch, "gather")
+    assert LAYER.keys(CPU) == []
+
+
+def test_linear_cases_take_dense_modes():
+    cases = linear_cases([[8, 4]], [5], [2], [0.5, 0.9], ["fp32"], ["gather"], ["compile", "openvino"])
+    assert [case.dense_modes for case in cases] == [("compile", "openvino")] * 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", [LAYER, VIT])
+def test_an_installed_engine_agrees_with_the_dense_model(case, engine, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # OpenVINO takes no more than there are cores
+    if reason := workloads.engines.refusal(engine, CPU, torch.float32):
+        pytest.skip(reason)
+    rows = replace(case, dense_modes=(engine,)).measure(CPU, SHORT)
+    check_times(rows)
+    assert ("dense", engine) in by_backend(rows)
+    workloads._engine_dense.cache_clear()
 
 
 # --- ceilings and conversion -----------------------------------------------------------------------------------------

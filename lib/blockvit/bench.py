@@ -71,11 +71,11 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time each of ``variants`` in turn, round after round in a changing order; warm-up outside."""
     clock, effort = clock or Clock(), effort or Effort()
-    repeats = {}
+    repeats, estimates = {}, {}
     for name, call in variants.items():
         for _ in range(effort.warmup):
-            estimate = clock.seconds(call, 1)
-        repeats[name] = max(1, math.ceil(effort.min_sample / max(estimate, 1e-9)))
+            estimates[name] = clock.seconds(call, 1)
+        repeats[name] = max(1, math.ceil(effort.min_sample / max(estimates[name], 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(seed).shuffle
     start = time.perf_counter()
@@ -84,6 +84,7 @@ def interleave(
             break
         shuffle(order)
         for name in order:
+            clock.ready(variants[name], estimates[name])
             samples[name].append(clock.seconds(variants[name], repeats[name]) / repeats[name])
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 

@@ -12,22 +12,23 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import models, semi_structured, tune
+from . import engines, models, semi_structured, tune
 from .attention import expose_projections
 from .bench import DTYPES, Effort, check_close, failed_row, interleave, peak_memory, precision_class, timing_row
 from .checkpoint import load, save
 from .clocks import Clock, Timing, clock_for, cuda_graph
 from .fold import model_bytes, random_block_mask_, to_block_sparse
-from .kernels import BackendUnavailableError, named, resolve, torch_tuned, tuning
+from .kernels import cpu, named, torch_tuned, tuning
 from .linear import BlockSparseLinear
 from .supermask import BLOG_TARGETS
 from .targets import matching
@@ -47,16 +48,18 @@ SCOPES: dict[str, tuple[str, ...]] = {
 """Which layers of a ViT are block-sparse, as targets."""
 
 
+DENSE_TOO = "+dense"
+"""Behind a backend's name: the layers that stay dense run on it as well (``to_block_sparse(dense_backend=...)``)."""
+
+
 def runnable(backends: Iterable[str], device: torch.device, precision: str, block_size: int) -> list[str]:
     """Those of ``backends`` that can run here; unknown names raise, and so does the baseline's."""
     able = []
     for name in backends:
         if name == "dense":
             raise ValueError("backend 'dense' is the baseline that every case measures; leave it out of `backends`")
-        try:
-            able.append(resolve(name, device, DTYPES[precision], block_size).name)
-        except BackendUnavailableError:
-            continue
+        if named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size) is None:
+            able.append(name)
     return able
 
 
@@ -70,7 +73,7 @@ def refusals(
         if name == semi_structured.BACKEND:
             reason = semi_structured.refusal(device, DTYPES[precision])
         else:
-            reason = named(name).refusal(device, DTYPES[precision], block_size)
+            reason = named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size)
         if reason:
             cells.setdefault((name, reason), []).append((precision, block_size))
     return [
@@ -98,12 +101,13 @@ class Variant:
 
 
 def measure_group(
-    variants: Sequence[Variant], precision: str, clock: Clock, effort: Effort
+    variants: Sequence[Variant], precision: str, clock: Clock, effort: Effort, *, tails: bool = False
 ) -> tuple[list[dict[str, Any]], dict[int, Callable[[], Tensor]]]:
     """Build, check and time ``variants`` interleaved; gives their rows, and the calls by the variant's place.
 
     A variant that raises or computes something else costs its own row only, which then says that it failed: kernels
-    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised.
+    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised. ``tails`` adds
+    rows of the 90th and the 99th percentile.
     """
     calls: dict[int, Callable[[], Tensor]] = {}
     failed = []
@@ -119,7 +123,23 @@ def measure_group(
                 raise
             failed.append(failed_row(error, str(variant), **variant.key))
     timings = interleave({str(place): call for place, call in calls.items()}, clock=clock, effort=effort)
-    return [timing_row(timings[str(place)], **variants[place].key) for place in calls] + failed, calls
+    rows = []
+    for place in calls:
+        key, timing = variants[place].key, timings[str(place)]
+        rows.append(timing_row(timing, **key))
+        for percent in TAILS if tails else ():
+            value, repeats = float(np.quantile(timing.samples, percent / 100)), len(timing.samples)
+            rows.append({**key, "metric": tail_metric(percent), "value": value, "unit": "s", "repeats": repeats})
+    return rows + failed, calls
+
+
+TAILS = (90, 99)
+"""Percentiles of a distribution of latencies that have rows of their own, besides the median."""
+
+
+def tail_metric(percent: int) -> str:
+    """What the tables call a percentile of the latency."""
+    return f"latency_p{percent}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,8 @@ class LinearCase:
 
     On a GPU the kernels alone are timed, their operands not in the cache (``clocks.ColdCudaClock``).
 
-    ``semi_structured`` adds the layer pruned to 2:4 where the device has products for that.
+    ``semi_structured`` adds the layer pruned to 2:4 where the device has products for that. ``dense_modes`` are further
+    ways to run the dense layer: those of ``ModelCase``.
     """
 
     shape: tuple[int, int]
@@ -138,6 +159,7 @@ class LinearCase:
     precision: str = "fp32"
     backends: tuple[str, ...] = ("torch", "gather")
     semi_structured: bool = False
+    dense_modes: tuple[str, ...] = ()
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
@@ -153,6 +175,10 @@ class LinearCase:
             **variant,
         }
 
+    def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
+        modes = runnable_modes(self.dense_modes, device, self.precision)
+        return [self._key(backend="dense", compile=mode) for mode in modes]
+
     def _sparse_key(self, backend: str) -> dict[str, Any]:
         return self._key(backend=backend, block_size=self.block_size, sparsity=self.sparsity)
 
@@ -164,16 +190,18 @@ class LinearCase:
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
         able = runnable(self.backends, device, self.precision, self.block_size)
-        return [self._sparse_key(backend) for backend in able] + self._semi_structured_keys(device)
+        sparse = [self._sparse_key(backend) for backend in able] + self._semi_structured_keys(device)
+        return sparse + self._dense_keys(device)[1:] if sparse else []
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
         with precision_class(self.precision, device) as dtype:
+            linear = copy.deepcopy(_dense_layer(self.shape, device, dtype, self.seed))
+            random_block_mask_(
+                linear.weight.data, self.sparsity, self.block_size, torch.Generator().manual_seed(self.seed)
+            )
             torch.manual_seed(self.seed)
-            linear = nn.Linear(self.shape[1], self.shape[0], device=device)
-            random_block_mask_(linear.weight, self.sparsity, self.block_size, torch.Generator().manual_seed(self.seed))
-            linear = linear.to(dtype)
             x = torch.randn(self.tokens, self.shape[1], device=device).to(dtype)
             pruned = copy.deepcopy(linear)
             pruned.weight.data = semi_structured.prune_2_of_4(pruned.weight) if self.semi_structured else linear.weight
@@ -187,13 +215,41 @@ class LinearCase:
             def two_of_four() -> Callable[[], Tensor]:
                 return through(semi_structured.to_semi_structured(nn.Sequential(copy.deepcopy(pruned)), ("0",)))
 
-            variants = [Variant(self._key(backend="dense"), lambda: through(linear))]
+            # Dense engines multiply by every weight, so one layer serves all of a grid's masks, prepared once.
+            full, modes = _dense_layer(self.shape, device, dtype, self.seed), self._dense_keys(device)
+            variants = [Variant(modes[0], lambda: through(linear))]
+            variants += [
+                Variant(key, partial(_dense_call, full, key["compile"], x, device), partial(full, x))
+                for key in modes[1:]
+            ]
             variants += [
                 Variant(self._sparse_key(name), partial(block_sparse, name), through(linear))
                 for name in runnable(self.backends, device, self.precision, self.block_size)
             ]
             variants += [Variant(key, two_of_four, through(pruned)) for key in self._semi_structured_keys(device)]
             return measure_group(variants, self.precision, clock_for(device, cold=True), effort)[0]
+
+
+@lru_cache(maxsize=2)  # the grid's innermost loops change neither shape nor precision
+def _dense_layer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype, seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    with torch.inference_mode(False):  # whether it is measured or exported, whoever asks first
+        return nn.Linear(shape[1], shape[0], device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _dense_call(layer: nn.Linear, mode: str, x: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    if mode == CUDA_GRAPH:
+        return cuda_graph(lambda: layer(x))
+    return partial(_dense_engine(layer, mode, tuple(x.shape), device, torch.get_num_threads()), x)
+
+
+@lru_cache(maxsize=8)
+def _dense_engine(
+    layer: nn.Linear, mode: str, shape: tuple[int, ...], device: torch.device, threads: int
+) -> Callable[[Tensor], Tensor]:
+    if mode in engines.ENGINES:
+        return engines.prepare(mode, layer, torch.zeros(shape, dtype=layer.weight.dtype), threads)
+    return _compiled(layer, device, mode)
 
 
 def linear_cases(
@@ -203,6 +259,7 @@ def linear_cases(
     sparsities: Sequence[float],
     precisions: Iterable[str],
     backends: Sequence[str],
+    dense_modes: Sequence[str] = (),
 ) -> list[LinearCase]:
     """The full grid; ordered so that a sweep cut short has covered all layers at the first sparsities and token counts.
 
@@ -210,7 +267,10 @@ def linear_cases(
     """
     grid = itertools.product(tokens, sparsities, shapes, precisions, block_sizes)
     first = (sparsities[0], block_sizes[0]) if sparsities and block_sizes else None
-    return [LinearCase(tuple(shape), t, b, s, p, tuple(backends), (s, b) == first) for t, s, shape, p, b in grid]
+    return [
+        LinearCase(tuple(shape), t, b, s, p, tuple(backends), (s, b) == first, tuple(dense_modes))
+        for t, s, shape, p, b in grid
+    ]
 
 
 @cache
@@ -244,16 +304,44 @@ def _compiled_dense(name: str, device: torch.device, dtype: torch.dtype, mode: s
     return _compiled(_dense_model(name, device, dtype), device, mode)
 
 
-def runnable_modes(modes: Iterable[str], device: torch.device) -> list[str]:
-    """``"eager"`` and those of ``modes`` that the device has: CUDA graphs are for GPUs."""
-    return ["eager", *(mode for mode in modes if mode != CUDA_GRAPH or device.type == "cuda")]
+@lru_cache(maxsize=4)  # a sweep goes on with another cell of the same model and batch; each engine holds the weights
+def _engine_dense(
+    engine: str, name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], threads: int
+) -> Callable[[Tensor], Tensor]:
+    example = torch.zeros(shape, device=device, dtype=dtype)
+    return engines.prepare(engine, _dense_model(name, device, dtype), example, threads)
+
+
+def mode_refusal(mode: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a model cannot be run in ``mode`` there, or None: engines are for CPUs, CUDA graphs for GPUs."""
+    if mode in engines.ENGINES:
+        return engines.refusal(mode, device, dtype)
+    if mode == CUDA_GRAPH and device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA GPU, and the device is {device}"
+    return None
+
+
+def runnable_modes(modes: Iterable[str], device: torch.device, precision: str) -> list[str]:
+    """``"eager"`` and those of ``modes`` that can run there."""
+    return ["eager", *(mode for mode in modes if not mode_refusal(mode, device, DTYPES[precision]))]
+
+
+def mode_refusals(modes: Iterable[str], device: torch.device | str, precisions: Iterable[str]) -> list[str]:
+    """A line for each reason why some of ``modes`` cannot be measured, with the precisions that it holds for."""
+    device = torch.device(device)
+    held: dict[tuple[str, str], list[str]] = {}
+    for mode, precision in itertools.product(dict.fromkeys(modes), dict.fromkeys(precisions)):
+        if reason := mode_refusal(mode, device, DTYPES[precision]):
+            held.setdefault((mode, reason), []).append(precision)
+    return [f"not measured: {mode} in {', '.join(those)}: {reason}" for (mode, reason), those in held.items()]
 
 
 @dataclass(frozen=True)
 class ModelCase:
     """One ViT on a batch of images: dense, and its ``scope`` block-sparse through each backend.
 
-    Each is run eagerly and in the given modes besides: ``"compile"``, a mode of ``torch.compile``, ``"cudagraph"``.
+    Each is run eagerly and in the given modes besides: ``"compile"``, a mode of ``torch.compile``, ``"cudagraph"``, and
+    for the dense model one of ``engines.ENGINES``. Modes that cannot run here are left out; see ``mode_refusals``.
     The masks are random blocks: the speed depends on how many blocks stay, and hardly on which. ``semi_structured``
     adds the scope pruned to 2:4.
     """
@@ -269,6 +357,8 @@ class ModelCase:
     sparse_modes: tuple[str, ...] = ()
     semi_structured: bool = False
     memory: bool = False
+    tails: int = 0
+    """Samples of the distribution of latencies, of which rows tell percentiles; 0: only the usual ones are taken."""
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
@@ -285,17 +375,19 @@ class ModelCase:
         }
 
     def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
-        return [self._key(backend="dense", compile=mode) for mode in runnable_modes(self.dense_modes, device)]
+        modes = runnable_modes(self.dense_modes, device, self.precision)
+        return [self._key(backend="dense", compile=mode) for mode in modes]
 
     def _sparse_keys(self, device: torch.device) -> list[dict[str, Any]]:
         able = runnable(self.backends, device, self.precision, self.block_size)
         of_backend = {name: {"block_size": self.block_size, "sparsity": self.sparsity} for name in able}
         if self.semi_structured and not semi_structured.refusal(device, DTYPES[self.precision]):
             of_backend[semi_structured.BACKEND] = {"sparsity": 0.5}
+        modes = [mode for mode in self.sparse_modes if mode not in engines.ENGINES]
         return [
             self._key(backend=name, scope=self.scope, compile=mode, **sparse)
             for name, sparse in of_backend.items()
-            for mode in runnable_modes(self.sparse_modes, device)
+            for mode in runnable_modes(modes, device, self.precision)
         ]
 
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
@@ -304,7 +396,8 @@ class ModelCase:
         if not sparse:
             return []
         held = [{**key, "metric": "model_bytes"} for key in sparse if self.memory and key["compile"] == "eager"]
-        return sparse + self._dense_keys(device)[1:] + held
+        every = sparse + self._dense_keys(device)[1:]
+        return every + held + [{**key, "metric": tail_metric(n)} for key in every if self.tails for n in TAILS]
 
     def sparse_model(self, device: torch.device) -> nn.Module:
         """The dense model with random blocks of its scope set to zero: dense still, to be converted."""
@@ -340,7 +433,9 @@ class ModelCase:
                 )
                 for key in [*self._dense_keys(device), *self._sparse_keys(device)]
             ]
-            rows, calls = measure_group(variants, self.precision, clock_for(device), effort)
+            if self.tails:
+                effort = replace(effort, min_repeats=self.tails, max_repeats=self.tails)
+            rows, calls = measure_group(variants, self.precision, clock_for(device), effort, tails=self.tails > 0)
             eager = [place for place in calls if variants[place].key["compile"] == "eager"]
             for place in eager if self.memory else ():
                 key = variants[place].key
@@ -387,7 +482,9 @@ class _Contenders:
             return folded
         if backend == semi_structured.BACKEND:
             return semi_structured.to_semi_structured(copy.deepcopy(folded), SCOPES[self.case.scope])
-        return to_block_sparse(copy.deepcopy(folded), self.case.block_size, backend)
+        name = backend.removesuffix(DENSE_TOO)
+        dense_backend = name if backend.endswith(DENSE_TOO) else None
+        return to_block_sparse(copy.deepcopy(folded), self.case.block_size, name, dense_backend=dense_backend)
 
     def expected(self, backend: str) -> Tensor:
         """The logits of the plain model that the backend's was converted from."""
@@ -398,7 +495,10 @@ class _Contenders:
         model, images = self.model(backend), self.images
         if mode == CUDA_GRAPH:
             return cuda_graph(lambda: model(images))
-        if mode != "eager" and backend == "dense":
+        if mode in engines.ENGINES:
+            shape, threads = tuple(images.shape), torch.get_num_threads()
+            compiled = _engine_dense(mode, self.case.model, self.device, self.dtype, shape, threads)
+        elif mode != "eager" and backend == "dense":
             compiled = _compiled_dense(self.case.model, self.device, self.dtype, mode)
         else:
             compiled = model if mode == "eager" else _compiled(model, self.device, mode)
@@ -432,7 +532,7 @@ class CeilingCase:
     def _key(self, device: torch.device, metric: str, unit: str) -> dict[str, Any]:
         size = self._size(device)
         return {
-            "model": f"{size}x{size}" if metric == "matmul_throughput" else "copy",
+            "model": {"copy_bandwidth": "copy", "fma_throughput": "registers"}.get(metric, f"{size}x{size}"),
             "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
             "precision": self.precision,
             "backend": "dense",
@@ -442,7 +542,12 @@ class CeilingCase:
 
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        return [self._key(device, "matmul_throughput", "FLOP/s"), self._key(device, "copy_bandwidth", "B/s")]
+        keys = [self._key(device, "matmul_throughput", "FLOP/s"), self._key(device, "copy_bandwidth", "B/s")]
+        return keys + ([self._key(device, "fma_throughput", "FLOP/s")] if self._has_fma(device) else [])
+
+    def _has_fma(self, device: torch.device) -> bool:
+        """Whether our own kernel can tell what multiply-adds in registers reach: its roof, and in fp32 any kernel's."""
+        return self.precision == "fp32" and cpu.CPU.refusal(device, torch.float32, 16) is None
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
@@ -458,7 +563,9 @@ class CeilingCase:
             timings = interleave(calls, clock=clock_for(device), effort=effort)
         work = {"matmul_throughput": 2 * size**3, "copy_bandwidth": 2 * copied}
         units = {"matmul_throughput": "FLOP/s", "copy_bandwidth": "B/s"}
-        return [
+        fma = {"value": cpu.peak_flops(), "repeats": 1} if self._has_fma(device) else None
+        rows = [{**self._key(device, "fma_throughput", "FLOP/s"), **fma}] if fma else []
+        return rows + [
             {
                 **self._key(device, metric, units[metric]),
                 "value": work[metric] / timing.median,

@@ -34,7 +34,7 @@ from .style import (
     spread,
 )
 
-_MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D"}
+_MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D", "onnxruntime": "v", "openvino": "P"}
 
 
 def model_speedup(
@@ -140,7 +140,7 @@ def execution_modes(rows: pd.DataFrame) -> Figure:
     blocks = rows.groupby("variant")["block_size"].first()
     present = set(rows["compile"])
     modes = [*(m for m in _MODES if m in present), *sorted(present - set(_MODES))]
-    markers = {**dict(zip(modes, itertools.cycle("vP*<>"), strict=False)), **_MODES}
+    markers = {**dict(zip(modes, itertools.cycle("*<>X"), strict=False)), **_MODES}
     offsets = spread(modes, 0.56)
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + (0.11 + 0.095 * len(modes)) * len(order)))
     for place, variant in enumerate(order):
