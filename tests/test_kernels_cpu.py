@@ -135,10 +135,11 @@ def test_layouts_of_x():
 
 @pytest.mark.parametrize("inputs", [64, 768, 3072])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("sparsity", [0.0, 0.9])
-def test_float32_error_is_at_most_twice_that_of_pytorchs_dense_linear(inputs, activation, sparsity):
-    weight = masked_weight(768, inputs, 32, random_mask(768, inputs, 32, 1 - sparsity))
-    sparse = layer(weight, 32, activation=activation)
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.95])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_float32_error_is_at_most_twice_that_of_pytorchs_dense_linear(inputs, activation, sparsity, block_size):
+    weight = masked_weight(768, inputs, block_size, random_mask(768, inputs, block_size, 1 - sparsity))
+    sparse = layer(weight, block_size, activation=activation)
     x = torch.randn(197, inputs)
     expected = in_float64(sparse, x)
     ours = (sparse(x) - expected).abs()
