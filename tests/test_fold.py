@@ -20,6 +20,7 @@ from blockvit import (
     to_block_sparse,
 )
 from blockvit.fold import LayerFate, random_block_mask_
+from blockvit.kernels import cpu
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
 
 BACKENDS = [name for name, b in blockvit.backends().items() if b.refusal(torch.device("cpu"), torch.float32, 8) is None]
@@ -336,12 +337,14 @@ def test_fusing_can_be_turned_off_and_dense_layers_keep_their_gelu():
 
 # --- layers that stay dense ------------------------------------------------------------------------------------------
 
-FASTER_THAN_DENSE = "cpu" in BACKENDS
-needs_a_kernel = pytest.mark.skipif(not FASTER_THAN_DENSE, reason="no backend here is faster than a dense layer")
+HAS_KERNEL = "cpu" in BACKENDS
+needs_a_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the CPU kernel could not be built")
 
 
 @pytest.mark.parametrize("dense_backend", [*BACKENDS, "auto"])
-def test_dense_layers_go_to_the_backend_asked_for(dense_backend):
+@pytest.mark.parametrize("faster", [False, True])
+def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeypatch):
+    monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster and HAS_KERNEL)
     model = folded_vit()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -349,7 +352,7 @@ def test_dense_layers_go_to_the_backend_asked_for(dense_backend):
         converted = to_block_sparse(model, 16, targets="mlp", dense_backend=dense_backend)
         torch.testing.assert_close(converted(x), expected)
     kinds = {name: type(m) for name, m in converted.named_modules() if isinstance(m, nn.Linear | BlockSparseLinear)}
-    moved = dense_backend != "dense" and (dense_backend != "auto" or FASTER_THAN_DENSE)
+    moved = dense_backend != "dense" and (dense_backend != "auto" or (faster and HAS_KERNEL))
     assert (kinds["heads.head"] is BlockSparseLinear) is moved
     assert (kinds["encoder.layers.encoder_layer_0.self_attention.qkv"] is BlockSparseLinear) is moved
     assert kinds["encoder.layers.encoder_layer_0.mlp.0"] is BlockSparseLinear

@@ -135,10 +135,11 @@ def test_layouts_of_x():
 
 @pytest.mark.parametrize("inputs", [64, 768, 3072])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("sparsity", [0.0, 0.9])
-def test_float32_error_is_at_most_twice_that_of_pytorchs_dense_linear(inputs, activation, sparsity):
-    weight = masked_weight(768, inputs, 32, random_mask(768, inputs, 32, 1 - sparsity))
-    sparse = layer(weight, 32, activation=activation)
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.95])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_float32_error_is_at_most_twice_that_of_pytorchs_dense_linear(inputs, activation, sparsity, block_size):
+    weight = masked_weight(768, inputs, block_size, random_mask(768, inputs, block_size, 1 - sparsity))
+    sparse = layer(weight, block_size, activation=activation)
     x = torch.randn(197, inputs)
     expected = in_float64(sparse, x)
     ours = (sparse(x) - expected).abs()
@@ -189,10 +190,22 @@ def test_what_it_refuses():
     assert "runs on a CPU only" in cpu.CPU.refusal(torch.device("cuda"), torch.float32, 16)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
-def test_auto_takes_it_on_a_cpu(sparsity):
-    assert resolve("auto", CPU, torch.float32, 32, sparsity).name == "cpu"
-    assert resolve("auto", CPU, torch.float64, 32, sparsity).name != "cpu"
+def test_auto_takes_it_on_a_cpu_from_break_even_on():
+    chosen = {s: resolve("auto", CPU, torch.float32, 32, s).name for s in (0.0, 0.2, 0.5, 0.9)}
+    assert chosen == {0.0: "dense", 0.2: "cpu", 0.5: "cpu", 0.9: "cpu"}
+    assert resolve("auto", CPU, torch.float64, 32, 0.9).name != "cpu"
+
+
+def test_whether_a_layer_without_zeros_gains_is_measured(monkeypatch):
+    times = {"dense": 0.0, "cpu": 0.0}
+    clock = iter(range(10**6))
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock) + sum(times.values()))
+    monkeypatch.setattr(cpu.F, "linear", lambda x, weight: times.update(dense=times["dense"] + 10))
+    measure = cpu.beats_dense.__wrapped__
+    assert measure((40, 24), torch.float32, 16)
+    monkeypatch.setattr(cpu.CPU, "linear", lambda *arguments: times.update(cpu=times["cpu"] + 10))
+    assert not measure((40, 24), torch.float32, 16)
+    assert not measure((40, 24), torch.float64, 16)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

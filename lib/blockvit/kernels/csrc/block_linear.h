@@ -13,6 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -69,6 +70,8 @@ using f32v = typename Vector<N>::f32;
 template <int N>
 using u32v = typename Vector<N>::u32;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 #define BLOCKVIT_INLINE inline __attribute__((always_inline))
 
 // --- bfloat16 --------------------------------------------------------------------------------------------------------
@@ -117,8 +120,9 @@ enum Activation : int64_t { NONE = 0, GELU = 1, GELU_TANH = 2 };
 
 template <int N>
 BLOCKVIT_INLINE f32v<N> polynomial(f32v<N> x, std::initializer_list<float> highest_first) {
-  f32v<N> sum{};
-  for (const float coefficient : highest_first) sum = sum * x + coefficient;
+  const float* coefficient = highest_first.begin();
+  f32v<N> sum = f32v<N>{} + *coefficient;
+  while (++coefficient != highest_first.end()) sum = sum * x + *coefficient;
   return sum;
 }
 
@@ -157,13 +161,6 @@ BLOCKVIT_INLINE f32v<N> gelu_tanh(f32v<N> x) {
   f32v<N> exponent = x * (x * x * -0.102943242f + -2.30220819f);  // both times log2(e)
   exponent = exponent > lowest ? exponent : lowest;
   return x / (exp2<N>(exponent) + 1.0f);
-}
-
-template <int N>
-BLOCKVIT_INLINE f32v<N> activate(f32v<N> x, Activation activation) {
-  if (activation == GELU) return gelu<N>(x);
-  if (activation == GELU_TANH) return gelu_tanh<N>(x);
-  return x;
 }
 
 // --- the work --------------------------------------------------------------------------------------------------------
@@ -259,22 +256,41 @@ BLOCKVIT_INLINE void add_block(Sums<mr, NR>& sums, const bf16* x, int64_t x_stri
   }
 }
 
-// y[token, panel] = activation(sums) of `mr` tokens. The loop over vectors is not unrolled: a division and some twenty
-// other operations each overlap well enough, and the code of every tile would be many times as long.
-template <int NR, typename T>
-void finish(const Layer<T>& layer, const float* sums, int64_t output, int64_t token, int mr) {
+template <int NR, typename T, typename Function>
+BLOCKVIT_INLINE void apply(const Layer<T>& layer, const float* sums, int64_t output, int64_t token, int mr,
+                           const Function& function) {
   constexpr int N = LANES<NR>;
-  for (int m = 0; m < mr; ++m) {
-    T* y = layer.y + (token + m) * layer.outputs + output;
-    for (int v = 0; v < NR; v += N) store<N>(y + v, activate<N>(load<N>(sums + m * NR + v), layer.activation));
+  T* y = layer.y + token * layer.outputs + output;
+  for (int m = 0; m < mr; ++m, y += layer.outputs, sums += NR) {
+    BLOCKVIT_UNROLL for (int v = 0; v < NR; v += N) store<N>(y + v, function(load<N>(sums + v)));
   }
 }
 
-// Sums of more products than this are added up in parts, for two reasons. The weights of a part (16 outputs: 16 KiB) stay
-// in the first-level cache while all tokens of a unit pass by. And rounding errors grow with the square root of the number
-// of products added in one run; PyTorch's dense linear adds 128. With 256 the error at 3072 inputs is 1.1 times PyTorch's,
-// in one run it is 4 times.
-constexpr int64_t PART = 256;
+// y[token, panel] = activation(sums) of `mr` tokens. Never inlined: in each of the tiles its code would be longer than
+// theirs.
+template <int NR, typename T>
+__attribute__((noinline)) void finish(const Layer<T>& layer, const float* sums, int64_t output, int64_t token, int mr) {
+  using V = f32v<LANES<NR>>;
+  if (layer.activation == GELU) {
+    apply<NR>(layer, sums, output, token, mr, [](V x) { return gelu<LANES<NR>>(x); });
+  } else {
+    apply<NR>(layer, sums, output, token, mr, [](V x) { return gelu_tanh<LANES<NR>>(x); });
+  }
+}
+
+// Sums of more products than about this are added up in parts, for two reasons. The weights of a part (16 outputs: 6
+// KiB) stay in the first-level cache while all tokens of a unit pass by. And rounding errors grow with the square root
+// of the number of products added in one run. PyTorch's dense linear adds 128, most of them zeros where the weight is
+// sparse. Largest error, as a multiple of its own, over shapes and sparsities of ViT-B/16: 2.9 with parts of 256, 2.1
+// with 128 (with blocks of 32 and less; 1.3 above), 1.7 with 64, which is 3% slower.
+constexpr int64_t PART = 96;
+
+// Where a tile finds its tokens: element k of input block c of its token m is x[c * block_stride + m * stride + k].
+template <typename T>
+struct Tokens {
+  const T* x;
+  int64_t stride, block_stride;
+};
 
 // What a tile does: `blocks` blocks of the panel from `first_block` on, for the tokens from `token` on.
 struct Step {
@@ -284,15 +300,14 @@ struct Step {
 };
 
 template <int mr, int NR, typename T>
-void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Step& step) {
+void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Tokens<T>& tokens, const Step& step) {
   constexpr int N = LANES<NR>, V = NR / N;
   Sums<mr, NR> sums{};
   const int64_t b = layer.block_size;
-  const T* x = layer.x + step.token * layer.x_stride;
   const T* weight = panel.weight + step.first_block * b * NR;
   const int32_t* col = panel.col + step.first_block;
   for (int64_t i = 0; i < step.blocks; ++i, weight += b * NR) {
-    add_block<mr, NR>(sums, x + col[i] * b, layer.x_stride, weight, b);
+    add_block<mr, NR>(sums, tokens.x + col[i] * tokens.block_stride, tokens.stride, weight, b);
   }
   if (!step.first) {
     BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
@@ -322,7 +337,7 @@ void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Step& step) {
 // The tile functions for 1, 2, ... MR<NR> tokens.
 template <int NR, typename T>
 struct Tiles {
-  using Function = void (*)(const Layer<T>&, const Panel<NR, T>&, const Step&);
+  using Function = void (*)(const Layer<T>&, const Panel<NR, T>&, const Tokens<T>&, const Step&);
   template <int... i>
   static constexpr Function at(int mr, std::integer_sequence<int, i...>) {
     constexpr Function functions[] = {tile<i + 1, NR, T>...};
@@ -333,21 +348,22 @@ struct Tiles {
 
 // --- sharing it out --------------------------------------------------------------------------------------------------
 
-// x of the tokens that are worked on at once is to stay in a core's second-level cache beside the weights that stream by.
+// x of the tokens that are worked on at once is to stay in a core's second-level cache beside the weights that stream
+// by. 192 to 384 KiB are alike at 768 inputs; at 3072 a larger tile means that the weights stream by less often (up to
+// 1.1 times faster).
 #ifndef BLOCKVIT_CACHE_KIB
-#define BLOCKVIT_CACHE_KIB 192
+#define BLOCKVIT_CACHE_KIB 384
 #endif
 constexpr int64_t CACHE_BYTES = BLOCKVIT_CACHE_KIB << 10;
+constexpr int64_t LINE = 64;  // bytes
 // Tokens of a unit at most: their sums (16 outputs: 8 KiB) stay in the first-level cache beside a part of the weights.
 constexpr int64_t MAX_UNIT_TOKENS = 120;
 // Per panel and thread: what it costs beside its blocks, in steps of k.
 constexpr int64_t PANEL_OVERHEAD = 16;
-// Units of work a thread, so that none waits long for the last.
-constexpr int64_t UNITS_PER_THREAD = 8;
+// Units of work a thread, so that none waits long for the last. More would copy the tokens more often.
+constexpr int64_t UNITS_PER_THREAD = 4;
 // Multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t GRAIN = 1 << 19;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tokens x panels, cut into units of about the same work. Block rows differ in length, so panels are cut where the
 // running sum of blocks says; a unit is a range of tokens and a range of panels.
@@ -373,15 +389,38 @@ class Plan {
     const int64_t first_token = unit / panel_cuts_ * tokens_;
     const int64_t last_token = std::min(first_token + tokens_, layer_.tokens);
     const int64_t cut = unit % panel_cuts_, last_panel = panel_at(cut + 1);
+    const Tokens<T> tokens = gather(first_token, last_token - first_token);
     for (int64_t index = panel_at(cut); index < last_panel; ++index) {
-      run_panel(Panel<NR, T>(layer_, index), first_token, last_token);
+      run_panel(Panel<NR, T>(layer_, index), tokens, first_token, last_token);
     }
   }
 
  private:
-  void run_panel(const Panel<NR, T>& panel, int64_t first_token, int64_t last_token) const {
+  // The unit's tokens copied together, block column by block column. In place, the rows of a tile lie a power of two
+  // apart or nearly so, which lets them fall on the same few sets of the first-level cache, and the processor fetches
+  // neighbours of a block that nobody reads: at 3072 inputs and 90% sparsity copying is 1.5 times faster with blocks of
+  // 16, 1.15 times with 64. Not worth it for a single tile.
+  Tokens<T> gather(int64_t first_token, int64_t count) const {
+    const int64_t b = layer_.block_size;
+    const T* from = layer_.x + first_token * layer_.x_stride;
+    if (count <= MR<NR>) return {from, layer_.x_stride, b};
+    thread_local std::vector<T> buffer;
+    const size_t size = size_t(count * layer_.inputs) + LINE / sizeof(T);
+    if (buffer.size() < size) buffer = std::vector<T>(size);
+    const size_t ahead = -reinterpret_cast<uintptr_t>(buffer.data()) % LINE / sizeof(T);
+    T* const aligned = buffer.data() + ahead;
+    for (int64_t token = 0; token < count; ++token, from += layer_.x_stride) {
+      T* to = aligned + token * b;
+      for (int64_t k = 0; k < layer_.inputs; k += b, to += count * b) {
+        for (int64_t i = 0; i < b; i += 8) std::memcpy(to + i, from + k + i, 8 * sizeof(T));
+      }
+    }
+    return {aligned, b, count * b};
+  }
+
+  void run_panel(const Panel<NR, T>& panel, const Tokens<T>& tokens, int64_t first_token, int64_t last_token) const {
     alignas(64) float totals[MAX_UNIT_TOKENS * NR];
-    const int64_t b = layer_.block_size, part = std::max<int64_t>(PART / b, 1);
+    const int64_t b = layer_.block_size, part = ceil_div(PART, b);
     int64_t first_block = 0;
     do {
       const int64_t blocks = std::min(part, panel.blocks - first_block);
@@ -390,12 +429,14 @@ class Plan {
       for (int64_t token = first_token; token < last_token; token += MR<NR>) {
         const int mr = int(std::min<int64_t>(MR<NR>, last_token - token));
         float* sums = totals + (token - first_token) * NR;
+        const Tokens<T> here{tokens.x + (token - first_token) * tokens.stride, tokens.stride, tokens.block_stride};
         const Step step{token, first_block, blocks, sums, first_block == 0, last};
-        next = prefetch(next, blocks * b * NR * int64_t(sizeof(T)));
+        // Where rows are short the weights stay in the second-level cache anyway, and asking costs 3%.
+        if (blocks == part) next = prefetch(next, blocks * b * NR * int64_t(sizeof(T)));
         if (mr == MR<NR>) {
-          tile<MR<NR>, NR, T>(layer_, panel, step);
+          tile<MR<NR>, NR, T>(layer_, panel, here, step);
         } else {
-          Tiles<NR, T>::of(mr)(layer_, panel, step);
+          Tiles<NR, T>::of(mr)(layer_, panel, here, step);
         }
       }
       first_block += blocks;
@@ -406,7 +447,7 @@ class Plan {
   // by line from `address` on. Returns the address behind it. May point behind the last weight, where it does nothing.
   uintptr_t prefetch(uintptr_t address, int64_t bytes) const {
     const uintptr_t end = address + uintptr_t(bytes * MR<NR> / tokens_);
-    for (; address < end; address += 64) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+    for (; address < end; address += LINE) __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
     return address;
   }
 
