@@ -41,7 +41,10 @@ class FakeClock(Clock):
     """Time that passes only as scripted: ``cost(name, now)`` seconds a call, and nothing between calls."""
 
     def __init__(self, cost):
-        self.cost, self.now, self.calls = cost, 0.0, []
+        self.cost, self.now, self.calls, self.readied = cost, 0.0, [], []
+
+    def ready(self, call, estimate):
+        self.readied.append(call())
 
     def seconds(self, call, repeats):
         name = call()
@@ -102,6 +105,11 @@ def test_every_round_has_every_variant_once_and_the_order_changes():
     assert all(len(timing.samples) == 12 for timing in timings.values())
     assert len(set(map(tuple, rounds))) >= 4
     assert set(Counter(r[0] for r in rounds)) == {"a", "b", "c"}, "each variant comes first at times"
+
+
+def test_before_each_sample_the_clock_makes_ready_for_its_variant():
+    _, clock, rounds = interleaved(lambda name, now: 1.0, min_repeats=4, max_repeats=4)
+    assert clock.readied == [name for order in rounds for name in order]
 
 
 def test_order_is_the_same_each_time():

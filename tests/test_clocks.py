@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -108,6 +111,35 @@ def test_interleaving_on_a_simulated_gpu(monkeypatch):
     timings = interleave(calls, clock=ColdCudaClock(gpu), effort=effort)
     assert timings["fast"].median == pytest.approx(2e-5)
     assert timings["slow"].median == pytest.approx(6e-5)
+
+
+def spinning(seconds: float):
+    """A thread that keeps a core busy, as an engine's workers do after a call."""
+    end = time.perf_counter() + seconds
+
+    def spin():
+        while time.perf_counter() < end:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    return thread
+
+
+def test_a_sample_begins_when_the_threads_of_the_call_before_have_come_to_rest():
+    called = []
+    thread = spinning(0.05)
+    Clock().ready(lambda: called.append(thread.is_alive()), 1e-3)
+    assert called == [False], "the spinning was over, and a short call was made untimed"
+    Clock().ready(lambda: called.append("long"), 1.0)
+    assert called == [False], "a long call needs none"
+
+
+def test_it_does_not_wait_for_ever():
+    thread, began = spinning(1.0), time.perf_counter()
+    Clock().ready(lambda: None, 1.0)
+    assert time.perf_counter() - began < 0.9
+    thread.join()
 
 
 def test_clock_for():

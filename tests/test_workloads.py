@@ -273,9 +273,14 @@ def fake_engines(monkeypatch):
 
     monkeypatch.setattr(workloads.engines, "prepare", prepare)
     monkeypatch.setattr(workloads.engines, "_NEEDS", dict.fromkeys(ENGINES, ()))
-    workloads._engine_dense.cache_clear()
+    _forget_engines()
     yield prepared
+    _forget_engines()
+
+
+def _forget_engines():
     workloads._engine_dense.cache_clear()
+    workloads._dense_engine.cache_clear()
 
 
 ENGINES = ("onnxruntime", "openvino")
@@ -298,10 +303,10 @@ def test_engines_run_the_dense_model(case, fake_engines):
 def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
     monkeypatch.setattr(workloads.engines, "refusal", lambda engine, *where: None if engine == "openvino" else "gone")
     monkeypatch.setattr(workloads.engines, "prepare", lambda engine, model, *how: model)
-    workloads._engine_dense.cache_clear()
+    _forget_engines()
     assert {(key["backend"], key["compile"]) for key in case.keys(CPU)} == {("dense", "openvino"), ("gather", "eager")}
     assert ("dense", "onnxruntime") not in by_backend(case.measure(CPU, SHORT))
-    workloads._engine_dense.cache_clear()
+    _forget_engines()
     assert mode_refusals(case.dense_modes, "cpu", ["fp32"]) == ["not measured: onnxruntime in fp32: gone"]
 
 
@@ -359,18 +364,24 @@ def test_an_installed_engine_agrees_with_the_dense_model(case, engine, monkeypat
     rows = replace(case, dense_modes=(engine,)).measure(CPU, SHORT)
     check_times(rows)
     assert ("dense", engine) in by_backend(rows)
-    workloads._engine_dense.cache_clear()
+    _forget_engines()
 
 
 # --- ceilings and conversion -----------------------------------------------------------------------------------------
 
 
 def test_ceilings():
-    rows = {row["metric"]: row for row in CeilingCase(size=256, copy_bytes=1 << 24).measure(CPU, SHORT)}
-    assert {metric: (row["model"], row["unit"]) for metric, row in rows.items()} == {
+    case = CeilingCase(size=256, copy_bytes=1 << 24)
+    rows = {row["metric"]: row for row in case.measure(CPU, SHORT)}
+    found = {metric: (row["model"], row["unit"]) for metric, row in rows.items()}
+    assert found | {"fma_throughput": ("registers", "FLOP/s")} == {
         "matmul_throughput": ("256x256", "FLOP/s"),
         "copy_bandwidth": ("copy", "B/s"),
+        "fma_throughput": ("registers", "FLOP/s"),
     }
+    assert set(rows) == {key["metric"] for key in case.keys(CPU)}, "multiply-adds where the kernel can be built"
+    fma = rows.pop("fma_throughput", None)
+    assert fma is None or 1e9 < fma["value"] < 1e14
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
     assert 1e8 < rows["matmul_throughput"]["value"] < 1e14
     assert 1e8 < rows["copy_bandwidth"]["value"] < 1e13
@@ -478,3 +489,33 @@ def test_modes_on_a_gpu(mode):
     rows = case.measure(torch.device("cuda"), SHORT)
     assert [row for row in rows if row["metric"] == "failed"] == []
     assert set(by_backend(rows)) == {(backend, m) for backend in ("dense", "torch") for m in ("eager", mode)}
+
+
+# --- distributions, and layers that stay dense on the kernel too -------------------------------------------------------
+
+
+def test_tails_are_percentiles_of_that_many_samples():
+    case = ModelCase("vit_digits", "mlp", 1, 16, 0.9, tails=12)
+    rows = case.measure(CPU, SHORT)
+    for backend in ("dense", "gather"):
+        of = {row["metric"]: row for row in rows if row["backend"] == backend}
+        assert of["latency"]["value"] <= of["latency_p90"]["value"] <= of["latency_p99"]["value"]
+        assert {row["repeats"] for row in of.values()} == {12}
+    assert {key["metric"] for key in case.keys(CPU)} == {"latency", "latency_p90", "latency_p99"}
+    assert all(set(row) <= set(COLUMNS) for row in rows)
+
+
+def test_layers_that_stay_dense_run_on_the_backend_too(monkeypatch):
+    asked = []
+    real = workloads.to_block_sparse
+    monkeypatch.setattr(
+        workloads,
+        "to_block_sparse",
+        lambda model, block_size, name, **how: asked.append((name, how)) or real(model, block_size, name, **how),
+    )
+    rows = ModelCase("vit_digits", "mlp", 1, 16, 0.9, backends=("gather", "gather+dense")).measure(CPU, SHORT)
+    assert set(by_backend(rows)) == {("dense", "eager"), ("gather", "eager"), ("gather+dense", "eager")}
+    assert asked == [("gather", {"dense_backend": None}), ("gather", {"dense_backend": "gather"})]
+    assert refusals(["gather+dense"], "cpu", ["fp32"], [16]) == []
+    with pytest.raises(ValueError, match="backend is 'gathr'"):
+        runnable(["gathr+dense"], CPU, "fp32", 16)

@@ -38,8 +38,8 @@ class Timing:
 class Clock:
     """Times calls on a CPU by the monotonic clock."""
 
-    SETTLED, PATIENCE = 0.2, 0.15
-    """Share of one core below which this process counts as idle, and seconds to wait for that at most."""
+    SETTLED, LOOK, LOOKS = 0.2, 2e-3, 75
+    """Share of one core below which this process counts as idle, seconds of a look at it, and how many at most."""
 
     SHORT = 0.02
     """Seconds; a call that takes less is made once untimed before it is timed."""
@@ -51,11 +51,10 @@ class Clock:
         in turn with ONNX Runtime, a linear layer took 1.5 times as long. And a short call would be charged with
         waking its own threads.
         """
-        give_up = time.perf_counter() + self.PATIENCE
-        while time.perf_counter() < give_up:
-            spent, began = time.process_time(), time.perf_counter()
-            time.sleep(2e-3)
-            if time.process_time() - spent < self.SETTLED * (time.perf_counter() - began):
+        for _ in range(self.LOOKS):
+            spent = time.process_time()
+            time.sleep(self.LOOK)
+            if time.process_time() - spent < self.SETTLED * self.LOOK:
                 break
         if estimate < self.SHORT:
             call()
