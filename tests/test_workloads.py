@@ -491,7 +491,7 @@ def test_modes_on_a_gpu(mode):
     assert set(by_backend(rows)) == {(backend, m) for backend in ("dense", "torch") for m in ("eager", mode)}
 
 
-# --- distributions, and layers that stay dense on the kernel too -------------------------------------------------------
+# --- distributions, and dense layers on the kernel too ---------------------------------------------------------------
 
 
 def test_tails_are_percentiles_of_that_many_samples():
