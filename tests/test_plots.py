@@ -869,3 +869,11 @@ def test_roofline_has_the_measured_roof_and_achieved_arithmetic():
     flop = limits.linear_seconds(rows, 2e12)["flop"].iloc[0]
     (points,) = [line for line in axes.lines if line.get_label() == "16×16"]
     assert flop / row["value"] / 1e9 == pytest.approx(points.get_ydata()[0])
+
+
+def test_no_batch_size_lies_above_the_panel():
+    rows = vit(sparsities=(0.9,)).query("scope=='mlp'")
+    rows.loc[rows["backend"] == "gather", "speedup"] *= 3
+    figure = plots.batch_sizes(rows, ["torch", "gather"])
+    top = max(line.get_ydata().max() for axes in figure.axes for line in axes.lines if line.get_label().endswith("×64"))
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > top for axes in figure.axes)

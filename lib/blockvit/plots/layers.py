@@ -97,7 +97,12 @@ def linear_speedup(
     blocked = set(rows.loc[rows["block_size"].notna(), "backend"])
     present = [b for b in backends if b in (blocked or set(rows["backend"]))]
     figure, panels = plt.subplots(
-        len(present), len(shapes), figsize=(WIDTH, 1.0 + 1.3 * len(present)), sharex=True, sharey="row", squeeze=False
+        len(present),
+        len(shapes),
+        figsize=(WIDTH, max(3.0, 1.0 + 1.3 * len(present))),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
     sparsities = sorted(rows.loc[rows["block_size"].notna() | (not blocked), "sparsity"].unique())
     for row, backend in enumerate(present):

@@ -111,8 +111,9 @@ def batch_sizes(
             axes.axvline(published_from, color=DENSE, linestyle=":", linewidth=0.9, label=label)
         sizes_axis(axes, rows["batch_size"])
         axes.yaxis.set_major_formatter(FuncFormatter(as_times))
-        axes.set(title=backend, ylim=(0, None))
+        axes.set_title(backend)
         axes.tick_params(labelsize=7.5)
+    panels[0].set_ylim(0, None)  # shared, and fixed by this: only once all lines are drawn
     shared_xlabel(panels, "batch size (images)")
     legend(figure)
     shared_ylabel(figure, f"speedup over {baseline(rows)}")
