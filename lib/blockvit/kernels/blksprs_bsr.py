@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..bsr import BSRMatrix
-from .registry import ACTIVATIONS, Backend, register
+from .registry import ACTIVATIONS, Baseline, register
 from .torch_bsr import pad_tokens, triton_limits
 
 
@@ -86,7 +86,7 @@ def _(x: Tensor, values: Tensor, layout: Tensor, packed_indices: Tensor) -> Tens
 
 
 @register
-class Blksprs(Backend):
+class Blksprs(Baseline):
     """blksprs 2.5's product of block-sparse matrices: a baseline for our own kernels. Inference only."""
 
     name = "blksprs"
@@ -101,11 +101,6 @@ class Blksprs(Backend):
         if importlib.util.find_spec("blksprs") is None:
             return "blksprs 2.5 is not installed: pip install 'blockvit[baselines]'"
         return None
-
-    @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
-        """Never ``"auto"``'s choice: a baseline without gradients is asked for by name."""
-        return float("-inf")
 
     @staticmethod
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:

@@ -59,6 +59,15 @@ class Backend(ABC):
         """
 
 
+class Baseline(Backend):
+    """A backend to compare others with: asked for by name, never ``"auto"``'s choice. Inference only."""
+
+    @classmethod
+    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
+        """Behind every other."""
+        return float("-inf")
+
+
 _BACKENDS: dict[str, type[Backend]] = {}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..bsr import BSRMatrix
 from . import tuning
-from .registry import ACTIVATIONS, Backend, register
+from .registry import ACTIVATIONS, Baseline, register
 from .torch_bsr import TorchBSR, bsr_tensor, pad_tokens, triton_limits
 
 NAME = "torch_tuned"
@@ -151,7 +151,7 @@ def _(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, rows: int, bias: Ten
 
 
 @register
-class TorchTuned(Backend):
+class TorchTuned(Baseline):
     """PyTorch's Triton BSR kernel, tuned: a baseline for our own kernels. Inference only."""
 
     name = NAME
@@ -172,11 +172,6 @@ class TorchTuned(Backend):
             return str(error)
         tuned = any((e["key"]["block_size"], e["key"]["dtype"]) == (block_size, short) for e in entries)
         return None if tuned else _untuned(name, dtype, block_size)
-
-    @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
-        """Never ``"auto"``'s choice: a baseline without gradients is asked for by name."""
-        return float("-inf")
 
     @staticmethod
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..bsr import BSRMatrix
-from .registry import ACTIVATIONS, Backend, register
+from .registry import ACTIVATIONS, Baseline, register
 from .torch_bsr import TorchBSR, pad_tokens, triton_limits
 
 MODULE = "torchao.sparsity.blocksparse"
@@ -64,7 +64,7 @@ def _(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, rows: int) -> Tensor
 
 
 @register
-class TorchAO(Backend):
+class TorchAO(Baseline):
     """torchao 0.14's block-sparse kernel: a baseline for our own kernels. Inference only."""
 
     name = "torchao"
@@ -75,11 +75,6 @@ class TorchAO(Backend):
         if device.type != "cuda":
             return "torchao's Triton BSR kernels run on NVIDIA GPUs only"
         return triton_limits("torchao's Triton BSR kernels", dtype, block_size) or missing()
-
-    @classmethod
-    def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
-        """Never ``"auto"``'s choice: a baseline without gradients is asked for by name."""
-        return float("-inf")
 
     @staticmethod
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:
