@@ -1,4 +1,4 @@
-# The study's commands. Needs Python >= 3.11, GNU make, a C compiler and disk space for PyTorch; `make` lists the targets.
+# The study's commands. Needs Python >= 3.11, GNU make, a C++ compiler and disk space for PyTorch; `make` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -203,17 +203,12 @@ class LinearCase:
             )
             torch.manual_seed(self.seed)
             x = torch.randn(self.tokens, self.shape[1], device=device).to(dtype)
-            pruned = copy.deepcopy(linear)
-            pruned.weight.data = semi_structured.prune_2_of_4(pruned.weight) if self.semi_structured else linear.weight
 
             def through(layer: nn.Module) -> Callable[[], Tensor]:
                 return lambda: layer(x)
 
             def block_sparse(name: str) -> Callable[[], Tensor]:
                 return through(BlockSparseLinear.from_dense(linear, self.block_size, backend=name))
-
-            def two_of_four() -> Callable[[], Tensor]:
-                return through(semi_structured.to_semi_structured(nn.Sequential(copy.deepcopy(pruned)), ("0",)))
 
             # Dense engines multiply by every weight, so one layer serves all of a grid's masks, prepared once.
             full, modes = _dense_layer(self.shape, device, dtype, self.seed), self._dense_keys(device)
@@ -226,11 +221,16 @@ class LinearCase:
                 Variant(self._sparse_key(name), partial(block_sparse, name), through(linear))
                 for name in runnable(self.backends, device, self.precision, self.block_size)
             ]
-            variants += [Variant(key, two_of_four, through(pruned)) for key in self._semi_structured_keys(device)]
+            for key in self._semi_structured_keys(device):
+                pruned = copy.deepcopy(linear)
+                pruned.weight.data = semi_structured.prune_2_of_4(linear.weight.data)
+                stored = nn.Sequential(copy.deepcopy(pruned))
+                build = partial(semi_structured.to_semi_structured, stored, ("0",))
+                variants.append(Variant(key, lambda build=build: through(build()), through(pruned)))
             return measure_group(variants, self.precision, clock_for(device, cold=True), effort)[0]
 
 
-@lru_cache(maxsize=2)  # the grid's innermost loops change neither shape nor precision
+@lru_cache(maxsize=2)  # the MLP's two shapes, whose engines then last over a grid's block sizes and sparsities
 def _dense_layer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype, seed: int) -> nn.Linear:
     torch.manual_seed(seed)
     with torch.inference_mode(False):  # whether it is measured or exported, whoever asks first
