@@ -390,6 +390,22 @@ def test_a_spent_budget_stops_and_the_next_sweep_finishes(store, monkeypatch):
     assert [case.times for case in cases] == [1] * 5
 
 
+def test_the_environment_limits_every_budget_and_never_raises_one(store, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_BUDGET_S", "0")
+    for budget_s in (None, 100):
+        assert sweep([Fake(0)], store, "linear", budget_s=budget_s).left == 1
+    monkeypatch.setenv("BLOCKVIT_BUDGET_S", "100")
+    assert sweep([Fake(0)], store, "linear", budget_s=0).left == 1
+    assert sweep([Fake(0)], store, "linear").left == 0
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
+def test_a_limit_that_is_no_number_of_seconds_is_an_error(store, monkeypatch, text):
+    monkeypatch.setenv("BLOCKVIT_BUDGET_S", text)
+    with pytest.raises(ValueError, match=f"BLOCKVIT_BUDGET_S is '{text}'; expected a number of seconds"):
+        sweep([Fake(0)], store, "linear")
+
+
 def test_no_budget_at_all_measures_nothing(store):
     report = sweep([Fake(0)], store, "linear", budget_s=0)
     assert (report.measured, report.left) == (0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -212,13 +213,14 @@ def sweep(
         device: where to run.
         effort: how long to measure each group.
         remeasure: measure again what this working copy has measured before.
-        budget_s: seconds after which no further case is begun; a later call goes on.
+        budget_s: seconds after which no further case is begun; a later call goes on. See ``time_limit``.
         notes: what the caller wants the report to say.
     """
     device, effort = torch.device(device), effort or Effort()
     where = {"experiment": experiment, **environment(device)}
     done = results.Measured.none() if remeasure else store.measured(experiment, where["device"])
     report = SweepReport(notes=[*notes, *busy_note(), *gpu_note(device)])
+    budget_s = time_limit(budget_s)
     start = time.perf_counter()
     pending = []
     for case in cases:
@@ -238,6 +240,20 @@ def sweep(
     report.left = len(pending) - report.measured
     report.seconds = time.perf_counter() - start
     return report
+
+
+def time_limit(budget_s: float | None) -> float | None:
+    """``budget_s``, but no more than ``$BLOCKVIT_BUDGET_S`` seconds: how tests run every cell and measure little."""
+    most = os.environ.get("BLOCKVIT_BUDGET_S")
+    if not most:
+        return budget_s
+    try:
+        limit = float(most)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise ValueError(f"BLOCKVIT_BUDGET_S is {most!r}; expected a number of seconds, 0 or more; or unset it")
+    return limit if budget_s is None else min(budget_s, limit)
 
 
 def busy_note(seconds: float = 0.3) -> list[str]:
