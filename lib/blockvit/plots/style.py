@@ -57,7 +57,7 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
     """Write ``<folder>/<name>.png`` and ``.svg`` and close the figure; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.set_layout_engine("none")  # laid out by now; doing so again for each further format takes longer than drawing
+    figure.set_layout_engine("none")  # it is laid out; doing so again for each further format takes as long as drawing
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)  # the notebook shows the returned figure; left open, it would be shown twice
     return figure
