@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from blockvit import models, tune, workloads
+from blockvit import engines, models, semi_structured, tune
 from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
+from blockvit.clocks import Timing
 from blockvit.fold import random_block_mask_
 from blockvit.results import COLUMNS, KEYS, Store
 from blockvit.supermask import num_kept
@@ -26,7 +27,11 @@ from blockvit.workloads import (
     runnable_modes,
     sparse_share,
     tuning_cases,
+    variants,
+    vit,
 )
+from blockvit.workloads import device as device_cases
+from blockvit.workloads import layers as layer_cases
 
 CPU = torch.device("cpu")
 SHORT = Effort(min_repeats=2, max_repeats=2, seconds=0, min_sample=0)
@@ -118,12 +123,12 @@ def test_linear_case_computes_what_it_says(monkeypatch):
 
     def spy(calls, *, clock, effort):
         seen.update({name: call() for name, call in calls.items()})
-        return {name: workloads.Timing((1.0,)) for name in calls}
+        return {name: Timing((1.0,)) for name in calls}
 
-    monkeypatch.setattr(workloads, "interleave", spy)
+    monkeypatch.setattr(variants, "interleave", spy)
     masked = []
     monkeypatch.setattr(
-        workloads, "random_block_mask_", lambda weight, *a: (random_block_mask_(weight, *a), masked.append(weight))
+        layer_cases, "random_block_mask_", lambda weight, *a: (random_block_mask_(weight, *a), masked.append(weight))
     )
     LinearCase((64, 48), 7, 16, 0.75).measure(CPU, SHORT)
     assert {tuple(y.shape) for y in seen.values()} == {(7, 64)}
@@ -190,11 +195,11 @@ def test_model_case_without_memory_has_latencies_only():
 
 
 def test_modes_are_in_the_same_group(monkeypatch):
-    monkeypatch.setattr(workloads, "_compiled", lambda model, device, mode: model)
-    workloads._compiled_dense.cache_clear()
+    monkeypatch.setattr(vit, "compiled", lambda model, device, mode: model)
+    vit._compiled_dense.cache_clear()
     case = ModelCase("vit_digits", "mlp", 1, 16, 0.5, dense_modes=("compile", "cudagraph"), sparse_modes=("compile",))
     rows = case.measure(CPU, SHORT)
-    workloads._compiled_dense.cache_clear()
+    vit._compiled_dense.cache_clear()
     assert set(by_backend(rows)) == {
         ("dense", "eager"), ("dense", "compile"), ("gather", "eager"), ("gather", "compile"),
     }, "a CPU has no CUDA graphs"  # fmt: skip
@@ -202,7 +207,7 @@ def test_modes_are_in_the_same_group(monkeypatch):
 
 
 def _dense(name, device, dtype):
-    return workloads._dense_model(name, device, dtype)
+    return vit.dense_model(name, device, dtype)
 
 
 def test_the_timed_models_logits_are_no_zeros():
@@ -271,16 +276,16 @@ def fake_engines(monkeypatch):
         prepared.append((engine, model, tuple(example.shape), threads))
         return model
 
-    monkeypatch.setattr(workloads.engines, "prepare", prepare)
-    monkeypatch.setattr(workloads.engines, "_NEEDS", dict.fromkeys(ENGINES, ()))
+    monkeypatch.setattr(engines, "prepare", prepare)
+    monkeypatch.setattr(engines, "_NEEDS", dict.fromkeys(ENGINES, ()))
     _forget_engines()
     yield prepared
     _forget_engines()
 
 
 def _forget_engines():
-    workloads._engine_dense.cache_clear()
-    workloads._dense_engine.cache_clear()
+    vit._engine_dense.cache_clear()
+    layer_cases._dense_engine.cache_clear()
 
 
 ENGINES = ("onnxruntime", "openvino")
@@ -301,8 +306,8 @@ def test_engines_run_the_dense_model(case, fake_engines):
 
 @pytest.mark.parametrize("case", [LAYER, VIT])
 def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
-    monkeypatch.setattr(workloads.engines, "refusal", lambda engine, *where: None if engine == "openvino" else "gone")
-    monkeypatch.setattr(workloads.engines, "prepare", lambda engine, model, *how: model)
+    monkeypatch.setattr(engines, "refusal", lambda engine, *where: None if engine == "openvino" else "gone")
+    monkeypatch.setattr(engines, "prepare", lambda engine, model, *how: model)
     _forget_engines()
     assert {(key["backend"], key["compile"]) for key in case.keys(CPU)} == {("dense", "openvino"), ("gather", "eager")}
     assert ("dense", "onnxruntime") not in by_backend(case.measure(CPU, SHORT))
@@ -333,7 +338,7 @@ def test_an_engine_is_prepared_once_for_a_model_batch_size_and_number_of_threads
 
 
 def test_an_engine_that_computes_something_else_costs_its_own_row(fake_engines, monkeypatch):
-    monkeypatch.setattr(workloads.engines, "prepare", lambda engine, model, *how: lambda x: 1.1 * model(x))
+    monkeypatch.setattr(engines, "prepare", lambda engine, model, *how: lambda x: 1.1 * model(x))
     failed = [row for row in LAYER.measure(CPU, SHORT) if row["metric"] == "failed"]
     assert [row["compile"] for row in failed] == list(ENGINES)
     assert all("differs from the dense result" in row["note"] for row in failed)
@@ -359,7 +364,7 @@ def test_linear_cases_take_dense_modes():
 @pytest.mark.parametrize("case", [LAYER, VIT])
 def test_an_installed_engine_agrees_with_the_dense_model(case, engine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # OpenVINO takes no more than there are cores
-    if reason := workloads.engines.refusal(engine, CPU, torch.float32):
+    if reason := engines.refusal(engine, CPU, torch.float32):
         pytest.skip(reason)
     rows = replace(case, dense_modes=(engine,)).measure(CPU, SHORT)
     check_times(rows)
@@ -388,8 +393,8 @@ def test_ceilings():
 
 
 def test_ceilings_are_work_over_time(monkeypatch):
-    timing = workloads.Timing((1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
-    monkeypatch.setattr(workloads, "interleave", lambda calls, **how: dict.fromkeys(calls, timing))
+    timing = Timing((1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    monkeypatch.setattr(device_cases, "interleave", lambda calls, **how: dict.fromkeys(calls, timing))
     rows = {row["metric"]: row for row in CeilingCase(size=8, copy_bytes=1200).measure(CPU, SHORT)}
     assert rows["matmul_throughput"]["value"] == 2 * 8**3 / 6
     assert rows["copy_bandwidth"]["value"] == 2 * 1200 / 6, "a byte copied is read and written"
@@ -415,7 +420,7 @@ def test_conversion_case():
 
 def test_cases_share_a_dense_model_without_harm():
     """The model is built under inference mode by one case and copied outside of it by the next."""
-    workloads._dense_model.cache_clear()
+    vit.dense_model.cache_clear()
     ModelCase("vit_digits", "mlp", 1, 16, 0.5).measure(CPU, SHORT)
     ConversionCase("vit_digits", 16, 0.5).measure(CPU, SHORT)
     ModelCase("vit_digits", "all", 1, 16, 0.5).measure(CPU, SHORT)
@@ -461,15 +466,15 @@ def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatc
 
 def test_two_of_four_joins_where_the_device_has_it(monkeypatch):
     """With the products of a plain linear in place of the GPU's, the rows and the check are those of a GPU."""
-    monkeypatch.setattr(workloads.semi_structured, "refusal", lambda *arguments: None)
-    monkeypatch.setattr(workloads.semi_structured, "to_semi_structured", lambda model, targets: model)
+    monkeypatch.setattr(semi_structured, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(semi_structured, "to_semi_structured", lambda model, targets: model)
     rows = LinearCase((32, 64), 5, 16, 0.75, semi_structured=True, backends=("gather",)).measure(CPU, SHORT)
     row = by_backend(rows)["2:4", "eager"]
     assert row["sparsity"] == 0.5 and "block_size" not in row
     case = ModelCase("vit_digits", "mlp", 1, 16, 0.9, semi_structured=True, memory=True)
     assert {"2:4", "gather", "dense"} == {backend for backend, _ in by_backend(case.measure(CPU, SHORT))}
     wrong = lambda model, targets: [m.weight.data.mul_(1.1) for m in model.modules() if hasattr(m, "weight")] and model  # noqa: E731
-    monkeypatch.setattr(workloads.semi_structured, "to_semi_structured", wrong)
+    monkeypatch.setattr(semi_structured, "to_semi_structured", wrong)
     failed = [row for row in case.measure(CPU, SHORT) if row["metric"] == "failed"]
     assert [row["backend"] for row in failed] == ["2:4"] and "differs from the dense result" in failed[0]["note"]
 
@@ -507,9 +512,9 @@ def test_tails_are_percentiles_of_that_many_samples():
 
 def test_layers_that_stay_dense_run_on_the_backend_too(monkeypatch):
     asked = []
-    real = workloads.to_block_sparse
+    real = vit.to_block_sparse
     monkeypatch.setattr(
-        workloads,
+        vit,
         "to_block_sparse",
         lambda model, block_size, name, **how: asked.append((name, how)) or real(model, block_size, name, **how),
     )

@@ -1,0 +1,38 @@
+"""What the study times: single linear layers, whole Vision Transformers, conversion, and the device's ceilings.
+
+Each case builds a group of variants of one computation: dense PyTorch as it comes, dense PyTorch compiled, and the
+same weights block-sparse through each backend. Every sparse variant's output is checked against the dense one before
+its time is taken.
+"""
+
+from .conversion import ConversionCase
+from .device import CeilingCase, TuningCase, tuning_cases
+from .layers import VIT_B_16_SHAPES, VIT_B_16_TOKENS, LinearCase, linear_cases
+from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
+from .variants import DENSE_TOO, TAILS, Variant, measure_group, refusals, runnable, tail_metric
+from .vit import SCOPES, ModelCase, sparse_share
+
+__all__ = [
+    "CUDA_GRAPH",
+    "DENSE_TOO",
+    "SCOPES",
+    "TAILS",
+    "VIT_B_16_SHAPES",
+    "VIT_B_16_TOKENS",
+    "CeilingCase",
+    "ConversionCase",
+    "LinearCase",
+    "ModelCase",
+    "TuningCase",
+    "Variant",
+    "linear_cases",
+    "measure_group",
+    "mode_refusal",
+    "mode_refusals",
+    "refusals",
+    "runnable",
+    "runnable_modes",
+    "sparse_share",
+    "tail_metric",
+    "tuning_cases",
+]

@@ -1,0 +1,123 @@
+"""What a device can do at best, and what it takes to find launch parameters for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import tune
+from ..bench import DTYPES, Effort, failed_row, interleave, precision_class
+from ..clocks import clock_for
+from ..kernels import cpu, torch_tuned, tuning
+
+
+@dataclass(frozen=True)
+class CeilingCase:
+    """What the device can do at best: a large dense matrix product, and copying memory."""
+
+    precision: str = "fp32"
+    size: int | None = None
+    """Of the square matrices; None: large enough to reach the peak of the device's kind."""
+    copy_bytes: int | None = None
+    """None: several times what the caches of the device's kind hold."""
+
+    def _size(self, device: torch.device) -> int:
+        return self.size or (8192 if device.type == "cuda" else 2048)
+
+    def _key(self, device: torch.device, metric: str, unit: str) -> dict[str, Any]:
+        size = self._size(device)
+        return {
+            "model": {"copy_bandwidth": "copy", "fma_throughput": "registers"}.get(metric, f"{size}x{size}"),
+            "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
+            "precision": self.precision,
+            "backend": "dense",
+            "metric": metric,
+            "unit": unit,
+        }
+
+    def keys(self, device: torch.device) -> list[dict[str, Any]]:
+        """See ``bench.Case``."""
+        keys = [self._key(device, "matmul_throughput", "FLOP/s"), self._key(device, "copy_bandwidth", "B/s")]
+        return keys + ([self._key(device, "fma_throughput", "FLOP/s")] if self._has_fma(device) else [])
+
+    def _has_fma(self, device: torch.device) -> bool:
+        """Whether our own kernel can tell what multiply-adds in registers reach: its roof, and in fp32 any kernel's."""
+        return self.precision == "fp32" and cpu.CPU.refusal(device, torch.float32, 16) is None
+
+    @torch.inference_mode()
+    def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+        """See ``bench.Case``."""
+        size = self._size(device)
+        copied = self.copy_bytes or (1 << 30 if device.type == "cuda" else 1 << 28)
+        with precision_class(self.precision, device) as dtype:
+            # Random numbers: on zeros a GPU's matrix units run faster, because fewer bits flip.
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            source = torch.randn(copied // 4, device=device)
+            target = torch.empty_like(source)
+            calls = {"matmul_throughput": lambda: a @ b, "copy_bandwidth": lambda: target.copy_(source)}
+            timings = interleave(calls, clock=clock_for(device), effort=effort)
+        work = {"matmul_throughput": 2 * size**3, "copy_bandwidth": 2 * copied}
+        units = {"matmul_throughput": "FLOP/s", "copy_bandwidth": "B/s"}
+        fma = {"value": cpu.peak_flops(), "repeats": 1} if self._has_fma(device) else None
+        rows = [{**self._key(device, "fma_throughput", "FLOP/s"), **fma}] if fma else []
+        return rows + [
+            {
+                **self._key(device, metric, units[metric]),
+                "value": work[metric] / timing.median,
+                "low": work[metric] / timing.high,
+                "high": work[metric] / timing.low,
+                "repeats": len(timing.samples),
+            }
+            for metric, timing in timings.items()
+        ]
+
+
+@dataclass(frozen=True)
+class TuningCase:
+    """Finding the parameters that PyTorch's BSR kernel runs fastest with, for one product; kept with the package.
+
+    What the package has tuned for this GPU already is not tuned again, so it has no row either.
+    """
+
+    case: tune.Case
+
+    def _key(self) -> dict[str, Any]:
+        return {
+            "model": f"{self.case.out_features}x{self.case.in_features}",
+            "scope": "linear",
+            "dtype": str(self.case.dtype).removeprefix("torch."),
+            "tokens": self.case.tokens,
+            "block_size": self.case.block_size,
+            "sparsity": self.case.sparsity,
+            "backend": torch_tuned.NAME,
+            "metric": "tuning_seconds",
+        }
+
+    def keys(self, device: torch.device) -> list[dict[str, Any]]:
+        """See ``bench.Case``."""
+        known = tuning.find(tuning.device_name(device), torch_tuned.NAME, tune.case_key(self.case))
+        return [] if known else [self._key()]
+
+    def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+        """See ``bench.Case``; a search is timed once, however long it takes."""
+        (tuned,) = tune.tune_torch_bsr([self.case], device)
+        if tuned.found is None:
+            return [failed_row(RuntimeError("no launch parameters work"), str(self.case), **self._key())]
+        return [{**self._key(), "value": tuned.seconds, "unit": "s", "repeats": 1}]
+
+
+def tuning_cases(
+    shapes: Iterable[Sequence[int]],
+    tokens: Iterable[int],
+    block_sizes: Iterable[int],
+    sparsity: float,
+    precisions: Iterable[str],
+) -> list[TuningCase]:
+    """Every product of a grid at one sparsity, the largest layers first; precision classes of a dtype share it."""
+    largest_first = sorted((tuple(shape) for shape in shapes), key=lambda shape: -shape[0] * shape[1])
+    dtypes = dict.fromkeys(DTYPES[precision] for precision in precisions)
+    cases = tune.make_cases(largest_first, block_sizes=block_sizes, dtypes=dtypes, tokens=tokens, sparsities=[sparsity])
+    return [TuningCase(case) for case in cases]

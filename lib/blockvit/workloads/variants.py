@@ -1,0 +1,110 @@
+"""Variants of one computation: what each backend can run, and how a group of them is built, checked and timed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import semi_structured
+from ..bench import DTYPES, Effort, check_close, failed_row, interleave, timing_row
+from ..clocks import Clock
+from ..kernels import named
+
+DENSE_TOO = "+dense"
+"""Behind a backend's name: the layers that stay dense run on it as well (``to_block_sparse(dense_backend=...)``)."""
+
+
+def runnable(backends: Iterable[str], device: torch.device, precision: str, block_size: int) -> list[str]:
+    """Those of ``backends`` that can run here; unknown names raise, and so does the baseline's."""
+    able = []
+    for name in backends:
+        if name == "dense":
+            raise ValueError("backend 'dense' is the baseline that every case measures; leave it out of `backends`")
+        if named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size) is None:
+            able.append(name)
+    return able
+
+
+def refusals(
+    names: Iterable[str], device: torch.device | str, precisions: Iterable[str], block_sizes: Iterable[int]
+) -> list[str]:
+    """A line for each reason why some of these cells cannot be measured, with the cells that it holds for."""
+    device = torch.device(device)
+    cells: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, precision, block_size in itertools.product(dict.fromkeys(names), precisions, block_sizes):
+        if name == semi_structured.BACKEND:
+            reason = semi_structured.refusal(device, DTYPES[precision])
+        else:
+            reason = named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size)
+        if reason:
+            cells.setdefault((name, reason), []).append((precision, block_size))
+    return [
+        f"not measured: {name} in {', '.join(dict.fromkeys(p for p, _ in held))}, blocks of "
+        f"{', '.join(str(b) for b in dict.fromkeys(b for _, b in held))}: {reason}"
+        for (name, reason), held in cells.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case's result.
+
+    ``build`` makes it and gives the call to time; ``expected`` gives what the call must return, within the tolerance
+    of the precision class. The first variant of a group is the baseline, which has nothing to be compared with.
+    """
+
+    key: dict[str, Any]
+    build: Callable[[], Callable[[], Tensor]]
+    expected: Callable[[], Tensor] | None = None
+
+    def __str__(self) -> str:
+        told = ("backend", "model", "scope", "precision", "batch_size", "tokens", "block_size", "sparsity", "compile")
+        return ", ".join(f"{name} {self.key[name]}" for name in told if self.key.get(name) is not None)
+
+
+def measure_group(
+    variants: Sequence[Variant], precision: str, clock: Clock, effort: Effort, *, tails: bool = False
+) -> tuple[list[dict[str, Any]], dict[int, Callable[[], Tensor]]]:
+    """Build, check and time ``variants`` interleaved; gives their rows, and the calls by the variant's place.
+
+    A variant that raises or computes something else costs its own row only, which then says that it failed: kernels
+    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised. ``tails`` adds
+    rows of the 90th and the 99th percentile.
+    """
+    calls: dict[int, Callable[[], Tensor]] = {}
+    failed = []
+    for place, variant in enumerate(variants):
+        try:
+            call = variant.build()
+            result = call()
+            if variant.expected is not None:
+                check_close(result, variant.expected(), precision, f"backend {variant.key['backend']!r}")
+            calls[place] = call
+        except Exception as error:
+            if place == 0:
+                raise
+            failed.append(failed_row(error, str(variant), **variant.key))
+    timings = interleave({str(place): call for place, call in calls.items()}, clock=clock, effort=effort)
+    rows = []
+    for place in calls:
+        key, timing = variants[place].key, timings[str(place)]
+        rows.append(timing_row(timing, **key))
+        for percent in TAILS if tails else ():
+            value, repeats = float(np.quantile(timing.samples, percent / 100)), len(timing.samples)
+            rows.append({**key, "metric": tail_metric(percent), "value": value, "unit": "s", "repeats": repeats})
+    return rows + failed, calls
+
+
+TAILS = (90, 99)
+"""Percentiles of a distribution of latencies that have rows of their own, besides the median."""
+
+
+def tail_metric(percent: int) -> str:
+    """What the tables call a percentile of the latency."""
+    return f"latency_p{percent}"
