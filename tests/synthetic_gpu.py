@@ -13,7 +13,7 @@ PEAK = {"fp32": 50e12, "tf32": 350e12, "bf16": 700e12}
 BANDWIDTH = 3e12
 BLOCKS, SPARSITIES = (16, 32, 64, 128), (0.5, 0.7, 0.8, 0.9, 0.95)
 SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072), (1000, 768))
-SPEED = {"torch": 0.3, "torch_tuned": 0.45, "torchao": 0.35, "blksprs": 0.1, "gather": 0.05}
+SPEED = {"triton": 0.7, "torch": 0.3, "torch_tuned": 0.45, "torchao": 0.35, "blksprs": 0.1, "gather": 0.05}
 DTYPE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 
 
