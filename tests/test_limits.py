@@ -159,3 +159,11 @@ assert "torch" not in sys.modules
 """
     folder = str(limits.__file__).rsplit("/", 1)[0]
     subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("tf32, roof", [(9.0, 3.0), (4.5, 2.0), (None, 2.0)])
+def test_fp32_may_be_made_of_three_tf32_products(tf32, roof):
+    measured = [("matmul_throughput", "fp32", 2.0), ("matmul_throughput", "bf16", 60.0)]
+    table = ceilings(*measured, *([] if tf32 is None else [("matmul_throughput", "tf32", tf32)]))
+    assert limits.roof(table, LINEARS.iloc[:0], "fp32") == roof
+    assert limits.roof(table, LINEARS.iloc[:0], "bf16") == 60.0

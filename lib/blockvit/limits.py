@@ -45,6 +45,25 @@ def peak(ceilings: pd.DataFrame, linear_rows: pd.DataFrame, precision: str) -> f
     return float(max(measured))
 
 
+TF32_PRODUCTS = 3
+"""TF32 products that a product as accurate as fp32 is made of at least, on tensor cores (``tf32x3``)."""
+
+
+def roof(ceilings: pd.DataFrame, linear_rows: pd.DataFrame, precision: str) -> float:
+    """What no kernel of a precision class can multiply faster than, FLOP/s: ``peak``, or other means to its accuracy.
+
+    The class fp32 is IEEE arithmetic or what is as accurate: where TF32 was measured and a third of its peak is more
+    than the peak of fp32, products of three TF32 ones have the higher roof. Arguments and errors as ``peak``.
+    """
+    own = peak(ceilings, linear_rows, precision)
+    if precision != "fp32":
+        return own
+    try:
+        return max(own, peak(ceilings, linear_rows, "tf32") / TF32_PRODUCTS)
+    except ValueError:
+        return own
+
+
 def bandwidth(ceilings: pd.DataFrame) -> float:
     """The fastest copy measured, B/s, counting both what was read and what was written.
 
@@ -84,13 +103,12 @@ def linear_seconds(
     average part of a block that lies inside, so that padding is not taken for necessary work.
 
     No kernel can be faster *with operands that come from memory*: whatever stays in a cache between two products costs
-    no bandwidth. And ``peak`` is what dense kernels reached here, not the data sheet's number: a kernel that multiplies
-    by other means (an fp32 product as three TF32 ones on tensor cores) is not bound by it.
+    no bandwidth. And ``peak`` is to be what was reached here by whatever means the precision class allows: ``roof``.
 
     Args:
         rows: linear layers with ``model`` (``OUTxIN``), ``tokens``, ``precision``, ``block_size`` and ``sparsity``;
             dense ones have no block size and no sparsity.
-        peak: FLOP/s, or FLOP/s by precision; see the function of that name.
+        peak: FLOP/s, or FLOP/s by precision; see ``roof``.
         bandwidth: bytes a second, see the function of that name; None: as if memory took no time.
 
     Returns:

@@ -279,7 +279,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | No
             limit_line(axes, bound.index, bound, "limit of arithmetic and bytes, median")
         if not np.isnan(dense):
             reference_line(axes, dense, "dense layers, median")
-        axes.set(title=backend, ylim=(0, 1.03))
+        axes.set(title=backend, ylim=(0, max(1.03, 1.03 * rows["share"].max())))
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         percent_axis(axes)
     shared_xlabel(panels, "sparsity")
