@@ -18,7 +18,7 @@ def row(backend, value, *, group="g", experiment="linear", **key):
 
 
 def table(rows):
-    return pd.DataFrame(list(rows), columns=COLUMNS).astype({name: float for name in results.NUMBERS})
+    return pd.DataFrame(list(rows), columns=COLUMNS).astype(dict.fromkeys(results.NUMBERS, float))
 
 
 def layer(group, *, model="3072x768", tokens=197, block=32, sparsity=0.9, dense=14.0, **times):
