@@ -8,13 +8,15 @@ its time is taken.
 from .conversion import ConversionCase
 from .device import CeilingCase, TuningCase, tuning_cases
 from .layers import VIT_B_16_SHAPES, VIT_B_16_TOKENS, LinearCase, linear_cases
+from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
-from .variants import DENSE_TOO, TAILS, Variant, measure_group, refusals, runnable, tail_metric
+from .variants import DENSE_TOO, FUSED_MLP, TAILS, Variant, measure_group, refusals, runnable, tail_metric
 from .vit import SCOPES, ModelCase, sparse_share
 
 __all__ = [
     "CUDA_GRAPH",
     "DENSE_TOO",
+    "FUSED_MLP",
     "SCOPES",
     "TAILS",
     "VIT_B_16_SHAPES",
@@ -22,11 +24,13 @@ __all__ = [
     "CeilingCase",
     "ConversionCase",
     "LinearCase",
+    "MLPCase",
     "ModelCase",
     "TuningCase",
     "Variant",
     "linear_cases",
     "measure_group",
+    "mlp_cases",
     "mode_refusal",
     "mode_refusals",
     "refusals",

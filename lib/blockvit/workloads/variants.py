@@ -9,15 +9,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import semi_structured
 from ..bench import DTYPES, Effort, check_close, failed_row, interleave, timing_row
 from ..clocks import Clock
+from ..fold import to_block_sparse
 from ..kernels import named
+from ..mlp import BlockSparseMLP
 
 DENSE_TOO = "+dense"
 """Behind a backend's name: the layers that stay dense run on it as well (``to_block_sparse(dense_backend=...)``)."""
+
+
+FUSED_MLP = "+mlp"
+"""Behind a backend's name: the two layers of an MLP run as one kernel (``to_block_sparse(fuse_mlp=...)``)."""
+
+
+def convert(model: nn.Module, name: str, block_size: int) -> nn.Module:
+    """``model``, which holds zero blocks, on the contender ``name``, in place; returns it.
+
+    Raises:
+        RuntimeError: its MLPs were to run as one kernel each, and one does not.
+    """
+    backend, fuse = backend_of(name), name.endswith(FUSED_MLP)
+    dense_backend = backend if name.endswith(DENSE_TOO) else None
+    model = to_block_sparse(model, block_size, backend, dense_backend=dense_backend, fuse_mlp=fuse)
+    fused = [module for module in model.modules() if isinstance(module, BlockSparseMLP)]
+    if fuse and (not fused or any(module.min_tokens is None for module in fused)):
+        raise RuntimeError("not every MLP runs as one kernel: see blockvit.BlockSparseMLP for when it does")
+    for module in fused:
+        module.min_tokens = 0  # also where it is expected to be slower: that is to be measured
+    return model
+
+
+def backend_of(name: str) -> str:
+    """The backend of a contender's name, without what stands behind a ``+``."""
+    return name.partition("+")[0]
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
+    """Why a contender cannot run such weights there, or None; an unknown name raises ``ValueError``."""
+    backend, plus, how = name.partition("+")
+    if plus and plus + how not in (DENSE_TOO, FUSED_MLP):
+        raise ValueError(
+            f"{name!r} ends in {plus + how!r}; expected {DENSE_TOO!r}, {FUSED_MLP!r}, or a backend's name alone"
+        )
+    if plus + how == FUSED_MLP and backend != "triton":
+        return "only the backend 'triton' runs an MLP as one kernel"
+    return named(backend).refusal(device, dtype, block_size)
 
 
 def runnable(backends: Iterable[str], device: torch.device, precision: str, block_size: int) -> list[str]:
@@ -26,7 +66,7 @@ def runnable(backends: Iterable[str], device: torch.device, precision: str, bloc
     for name in backends:
         if name == "dense":
             raise ValueError("backend 'dense' is the baseline that every case measures; leave it out of `backends`")
-        if named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size) is None:
+        if refusal(name, device, DTYPES[precision], block_size) is None:
             able.append(name)
     return able
 
@@ -41,7 +81,7 @@ def refusals(
         if name == semi_structured.BACKEND:
             reason = semi_structured.refusal(device, DTYPES[precision])
         else:
-            reason = named(name.removesuffix(DENSE_TOO)).refusal(device, DTYPES[precision], block_size)
+            reason = refusal(name, device, DTYPES[precision], block_size)
         if reason:
             cells.setdefault((name, reason), []).append((precision, block_size))
     return [

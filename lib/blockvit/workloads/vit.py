@@ -16,11 +16,11 @@ from .. import engines, models, semi_structured
 from ..attention import expose_projections
 from ..bench import DTYPES, Effort, peak_memory, precision_class
 from ..clocks import clock_for, cuda_graph
-from ..fold import model_bytes, random_block_mask_, to_block_sparse
+from ..fold import model_bytes, random_block_mask_
 from ..supermask import BLOG_TARGETS
 from ..targets import matching
 from .modes import CUDA_GRAPH, compiled, runnable_modes
-from .variants import DENSE_TOO, TAILS, Variant, measure_group, runnable, tail_metric
+from .variants import TAILS, Variant, convert, measure_group, runnable, tail_metric
 
 SCOPES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
@@ -200,9 +200,7 @@ class _Contenders:
             return folded
         if backend == semi_structured.BACKEND:
             return semi_structured.to_semi_structured(copy.deepcopy(folded), SCOPES[self.case.scope])
-        name = backend.removesuffix(DENSE_TOO)
-        dense_backend = name if backend.endswith(DENSE_TOO) else None
-        return to_block_sparse(copy.deepcopy(folded), self.case.block_size, name, dense_backend=dense_backend)
+        return convert(copy.deepcopy(folded), backend, self.case.block_size)
 
     def expected(self, backend: str) -> Tensor:
         """The logits of the plain model that the backend's was converted from."""

@@ -1,0 +1,63 @@
+"""The patch embedding of a ViT as the linear layer that it is.
+
+A convolution whose kernel is as large as its stride sees each pixel once: it is a linear layer over patches, and a
+kernel for linear layers can run it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .bsr import BSRMatrix
+from .linear import BlockSparseLinear
+
+
+def is_patch_embedding(conv: nn.Module) -> bool:
+    """Whether ``conv`` is an ``nn.Conv2d`` over patches: square kernels side by side, every channel in each."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+class PatchEmbedding(nn.Module):
+    """``(N, channels, H, W)`` -> ``(N, out, H // patch, W // patch)`` through a linear layer over patches.
+
+    The same as the convolution that it was made from, also where the patches do not cover the whole picture.
+
+    Args:
+        linear: ``(out, channels * patch * patch)``.
+        channels: of the pictures.
+        patch_size: edge length of the square patches, in pixels.
+    """
+
+    def __init__(self, linear: nn.Module, channels: int, patch_size: int) -> None:
+        super().__init__()
+        self.linear, self.channels, self.patch_size = linear, channels, patch_size
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, block_size: int, *, backend: str = "auto") -> PatchEmbedding:
+        """Convert ``conv``, for which ``is_patch_embedding`` holds; the bias is shared."""
+        weight = BSRMatrix.from_dense(conv.weight.flatten(1), block_size)
+        linear = BlockSparseLinear(weight, conv.bias, backend=backend)
+        return cls(linear, conv.in_channels, conv.kernel_size[0]).train(conv.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(
+                f"the input has shape {tuple(images.shape)}; expected (N, {self.channels}, H, W), pictures in a batch"
+            )
+        p = self.patch_size
+        rows, columns = images.shape[2] // p, images.shape[3] // p
+        images = images[:, :, : rows * p, : columns * p]
+        patches = images.reshape(len(images), self.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return self.linear(patches).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        return f"channels={self.channels}, patch_size={self.patch_size}"

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+from blockvit.patches import PatchEmbedding, is_patch_embedding
+
+
+@pytest.mark.parametrize("backend", ["gather", "cpu", "dense"])
+@pytest.mark.parametrize("size", [(32, 32), (37, 50), (16, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_convolution(backend, size, bias):
+    conv = nn.Conv2d(3, 40, 16, 16, bias=bias)
+    embedding = PatchEmbedding.from_conv(conv, 32, backend=backend)
+    images = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(embedding(images), conv(images), rtol=1e-5, atol=1e-5)
+
+
+def test_strides_of_pictures_do_not_matter():
+    conv = nn.Conv2d(3, 32, 4, 4)
+    embedding = PatchEmbedding.from_conv(conv, 16, backend="gather")
+    images = torch.randn(2, 3, 16, 8).contiguous(memory_format=torch.channels_last).transpose(2, 3)
+    torch.testing.assert_close(embedding(images), conv(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    conv = nn.Conv2d(3, 32, 4, 4)
+    assert PatchEmbedding.from_conv(conv, 16)(torch.empty(0, 3, 8, 8)).shape == (0, 32, 2, 2)
+
+
+def test_zero_blocks_are_left_out_and_the_bias_is_shared():
+    conv = nn.Conv2d(3, 32, 4, 4)
+    conv.weight.data[:16] = 0
+    embedding = PatchEmbedding.from_conv(conv, 16, backend="gather")
+    assert embedding.linear.bsr.sparsity == 0.5 and embedding.linear.bias is conv.bias
+
+
+@pytest.mark.parametrize(
+    "module, is_one",
+    [
+        (nn.Conv2d(3, 8, 4, 4), True),
+        (nn.Conv2d(3, 8, 4, 4, padding="valid"), True),
+        (nn.Conv2d(3, 8, 4, 2), False),
+        (nn.Conv2d(3, 8, (4, 2), (4, 2)), False),
+        (nn.Conv2d(3, 8, 4, 4, padding=1), False),
+        (nn.Conv2d(3, 8, 4, 4, dilation=2), False),
+        (nn.Conv2d(4, 8, 4, 4, groups=2), False),
+        (nn.ConvTranspose2d(3, 8, 4, 4), False),
+        (nn.Linear(3, 8), False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_which_convolutions_are_patch_embeddings(module, is_one):
+    assert is_patch_embedding(module) is is_one
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8, 8)])
+def test_wrong_pictures_are_named(shape):
+    embedding = PatchEmbedding.from_conv(nn.Conv2d(3, 32, 4, 4), 16)
+    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
+        embedding(torch.zeros(shape))
+
+
+def test_is_traced_without_a_graph_break():
+    conv = nn.Conv2d(3, 32, 4, 4).requires_grad_(False)
+    embedding = torch.compile(PatchEmbedding.from_conv(conv, 16, backend="gather"), backend="eager", fullgraph=True)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(embedding(images), conv(images), rtol=1e-5, atol=1e-5)
