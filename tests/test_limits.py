@@ -167,3 +167,17 @@ def test_fp32_may_be_made_of_three_tf32_products(tf32, roof):
     table = ceilings(*measured, *([] if tf32 is None else [("matmul_throughput", "tf32", tf32)]))
     assert limits.roof(table, LINEARS.iloc[:0], "fp32") == roof
     assert limits.roof(table, LINEARS.iloc[:0], "bf16") == 60.0
+
+
+def test_an_mlp_counted_by_hand():
+    kept = 24 * 96 - 2073  # blocks in each of the two weights
+    found = limits.mlp_traffic(100, 768, 3072, "bf16", 32, 0.9)
+    assert list(found.index) == ["dense", "layer by layer", "one kernel"]
+    assert set(found["input"]) == set(found["output"]) == {2 * 100 * 768}
+    assert list(found["hidden written"]) == list(found["hidden read"]) == [2 * 100 * 3072, 2 * 100 * 3072, 0]
+    assert found.loc["dense", "weights"] == 2 * (2 * 768 * 3072 + 768 + 3072)
+    sparse = 2 * (2 * kept * 32 * 32 + 768 + 3072) + 4 * 2 * kept
+    assert list(found["weights"][1:]) == [sparse, sparse]
+    assert list(found["flop"]) == [4 * 100 * 768 * 3072, *[4 * 100 * kept * 32 * 32] * 2]
+    assert found.loc["one kernel", "bytes"] == 2 * 2 * 100 * 768 + sparse
+    assert found.loc["one kernel", "intensity"] == found.loc["one kernel", "flop"] / found.loc["one kernel", "bytes"]

@@ -245,6 +245,7 @@ def eight_layers():
     return results.speedups(gpu_linear(layers, sparsities=(0, *GPU_SPARSITIES)))
 
 
+TRAFFIC = limits.mlp_traffic(197, 768, 3072, "bf16", 32, 0.9)
 FIGURES = {  # how it is drawn, its panels, the block sizes that the legend names
     "training_curves": (lambda: plots.training_curves(curves()), 3, 0),
     "conversion": (lambda: plots.conversion({"dense": 4e8, "sparse": 1e8}, {"convert": 2.0, "load": 0.5}), 2, 0),
@@ -263,6 +264,7 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "memory": (lambda: plots.memory(memory()), 2, 0),
     "latency_tails": (lambda: plots.latency_tails(tails()), 1, 0),
     "threads": (lambda: plots.threads(on_device()), 1, 0),
+    "traffic": (lambda: plots.traffic(TRAFFIC, limits.TRAFFIC), 1, 0),
     "roofline": (roofline, 2, 3),
     "accuracy": (lambda: plots.accuracy(trained(), results.published_losses()), 2, 3),
     "pareto": (lambda: plots.pareto(pd.DataFrame(POINTS), 97.0), 1, 2),
@@ -877,3 +879,14 @@ def test_no_batch_size_lies_above_the_panel():
     figure = plots.batch_sizes(rows, ["torch", "gather"])
     top = max(line.get_ydata().max() for axes in figure.axes for line in axes.lines if line.get_label().endswith("×64"))
     assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > top for axes in figure.axes)
+
+
+def test_bars_of_traffic_add_up_and_tell_their_sum():
+    (axes,) = plots.traffic(TRAFFIC, limits.TRAFFIC).axes
+    ends = {}
+    for bar in axes.patches:
+        place = round(bar.get_y() + bar.get_height() / 2)
+        ends[place] = max(ends.get(place, 0), bar.get_x() + bar.get_width())
+    assert [ends[place] for place in (2, 1, 0)] == pytest.approx(list(TRAFFIC["bytes"] / 1e6))
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(TRAFFIC.index)
+    assert axes.texts[2].get_text().startswith(f"{TRAFFIC.loc['one kernel', 'bytes'] / 1e6:,.0f} MB")

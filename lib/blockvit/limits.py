@@ -142,6 +142,42 @@ def linear_seconds(
     )
 
 
+TRAFFIC = ("input", "hidden written", "hidden read", "weights", "output")
+"""What an MLP moves: the columns of ``mlp_traffic``."""
+
+
+def mlp_traffic(tokens: int, width: int, hidden: int, precision: str, block_size: int, sparsity: float) -> pd.DataFrame:
+    """Bytes that two linear layers ``width -> hidden -> width`` have to move, and the operations that they have to do.
+
+    Args:
+        tokens: rows of the input.
+        width: features of the input and the output.
+        hidden: features between the layers.
+        precision: as the tables name it.
+        block_size: of both weights.
+        sparsity: of both weights.
+
+    Returns:
+        A row each for ``dense``, ``layer by layer`` (block-sparse) and ``one kernel`` (block-sparse, hidden activations
+        kept on the chip); columns ``TRAFFIC`` (bytes), ``bytes`` (their sum), ``flop`` and ``intensity`` (flop a byte).
+    """
+    shapes = [f"{hidden}x{width}", f"{width}x{hidden}"]
+    layers = pd.DataFrame({"model": shapes, "tokens": tokens, "precision": precision})
+    element = ELEMENT_BYTES[precision]
+    ways = {}
+    for name, cell in {"dense": (np.nan, np.nan), "layer by layer": (block_size, sparsity)}.items():
+        counted = linear_seconds(layers.assign(block_size=cell[0], sparsity=cell[1]), float("inf"))
+        activations = 2 * element * tokens * (width + hidden)  # each layer reads one side of it and writes the other
+        outside, inside = element * tokens * width, element * tokens * hidden
+        weights = counted["bytes"].sum() - activations
+        ways[name] = dict(zip(TRAFFIC, (outside, inside, inside, weights, outside), strict=True))
+        ways[name]["flop"] = counted["flop"].sum()
+    ways["one kernel"] = {**ways["layer by layer"], "hidden written": 0.0, "hidden read": 0.0}
+    table = pd.DataFrame(ways).T
+    table["bytes"] = table[list(TRAFFIC)].sum(axis=1)
+    return table.assign(intensity=table["flop"] / table["bytes"])
+
+
 def amdahl(sparsity: float | np.ndarray, share: float) -> float | np.ndarray:
     """Amdahl's bound: how many times as fast a model gets at most without ``sparsity`` of ``share`` of its arithmetic.
 

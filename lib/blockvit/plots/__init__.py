@@ -5,7 +5,7 @@ figure. What is computed for a figure and would stand in a text as well belongs 
 
 - ``training``: models while they are trained, and their masks.
 - ``layers``: single linear layers and large products.
-- ``roofline``: single layers against what the device can do.
+- ``roofline``: single layers against what the device can do, and what an MLP has to move.
 - ``models``: whole models: speed, memory, and converting them.
 - ``latency``: one image at a time: the distribution of the latency, and threads.
 - ``accuracy``: what sparsity costs, beside the speed it buys.
@@ -17,7 +17,7 @@ from .accuracy import accuracy, pareto
 from .latency import latency_tails, threads
 from .layers import contenders, large_matmuls, linear_speedup, linear_throughput, speedup_heatmaps
 from .models import batch_sizes, conversion, execution_modes, memory, model_speedup
-from .roofline import roofline
+from .roofline import roofline, traffic
 from .style import WIDTH, save, set_style
 from .training import block_masks, kept_blocks, training_curves
 
@@ -42,5 +42,6 @@ __all__ = [
     "set_style",
     "speedup_heatmaps",
     "threads",
+    "traffic",
     "training_curves",
 ]

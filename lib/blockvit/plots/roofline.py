@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from .rows import by_block, one_of, require
-from .style import DENSE, draw_line, legend, limit_line, panel_grid, shared_xlabel, shared_ylabel
+from .style import DENSE, WIDTH, draw_line, legend, limit_line, panel_grid, shared_xlabel, shared_ylabel
 
 
 def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: float) -> Figure:
@@ -47,4 +51,28 @@ def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: f
     shared_xlabel(panels, "FLOP a byte moved")
     legend(figure)
     shared_ylabel(figure, "GFLOP/s on kept blocks")
+    return figure
+
+
+def traffic(ways: pd.DataFrame, parts: Sequence[str]) -> Figure:
+    """Bytes that an MLP moves, a bar a way to run it, cut into what is moved; behind each its operations a byte.
+
+    Args:
+        ways: ``limits.mlp_traffic``.
+        parts: the columns to stack, ``limits.TRAFFIC``.
+    """
+    require(ways, "ways to run an MLP")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.42 * len(ways)))
+    places = np.arange(len(ways))[::-1]
+    start = np.zeros(len(ways))
+    for part, colour in zip(parts, sns.color_palette("colorblind", len(parts)), strict=True):
+        axes.barh(places, ways[part] / 1e6, left=start / 1e6, height=0.6, color=colour, label=part)
+        start += ways[part].to_numpy()
+    for place, total, intensity in zip(places, start / 1e6, ways["intensity"], strict=True):
+        text = f"{total:,.0f} MB, {intensity:.0f} FLOP a byte"
+        axes.annotate(text, (total, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_yticks(places, ways.index)
+    axes.set(ylabel="how it is run", xlabel="MB moved", xlim=(0, 1.4 * start.max() / 1e6))
+    axes.grid(False, axis="y")
+    legend(figure)
     return figure
