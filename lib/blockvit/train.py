@@ -25,7 +25,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from .data import DataSplits, Images, ImageTensors, normalize, save_atomically, train_transform
+from .data import (
+    DAMAGED,
+    DataSplits,
+    Images,
+    ImageTensors,
+    normalize,
+    save_atomically,
+    train_transform,
+    warn_of_damage,
+)
 from .models import unknown_name
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -274,6 +283,7 @@ def fit(
             started = time.perf_counter()
             torch.manual_seed(_epoch_seed(recipe.seed, epoch))
             train_loss = trainer.train_epoch(epoch, _batches(train, recipe, device, num_workers), bar)
+            warn_of_damage(train)
             record = {"epoch": epoch + 1, "train_loss": train_loss, "test_loss": None, "test_top1": None}
             if (epoch + 1) % eval_every == 0 or epoch + 1 == recipe.epochs:
                 result = evaluate(trainer.averaged, test, device=device, num_workers=num_workers)
@@ -295,23 +305,32 @@ def evaluate(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Cross-entropy and accuracy of ``model`` on all ``images``: ``{"loss": mean, "top1": fraction in [0, 1]}``.
+    """Cross-entropy and accuracy of ``model`` on ``images``: ``{"loss": mean, "top1": fraction in [0, 1], ...}``.
 
-    The model is moved to ``device``, evaluated in eval mode, and put back into the mode that it was in.
+    The model is moved to ``device``, evaluated in eval mode, and put back into the mode that it was in. Loss and
+    accuracy are of the pictures that can be decoded; ``damaged`` counts the others, and a warning tells which.
+
+    Raises:
+        ValueError: there is no picture, or none that can be decoded.
     """
     if len(images) == 0:
         raise ValueError("there are no pictures to evaluate on; expected at least one")
     device = torch.device(device)
     was_training = model.training
     model.to(device).eval()
-    loss = correct = torch.zeros((), device=device)
+    loss = correct = counted = torch.zeros((), device=device)
     for batch, labels in _in_order(_placed(images, device), batch_size, num_workers):
         labels = labels.to(device)
         logits = model(normalize(batch.to(device), images.mean, images.std)).float()
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum", ignore_index=DAMAGED)
         correct = correct + (logits.argmax(1) == labels).sum()
+        counted = counted + (labels != DAMAGED).sum()
     model.train(was_training)
-    return {"loss": loss.item() / len(images), "top1": correct.item() / len(images)}
+    warn_of_damage(images)
+    if counted == 0:
+        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
+    count = int(counted)
+    return {"loss": loss.item() / count, "top1": correct.item() / count, "damaged": len(images) - count}
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -513,7 +532,7 @@ def _batches(images: Images, recipe: Recipe, device: torch.device, num_workers: 
 def _in_order(images: Images, batch_size: int, num_workers: int) -> Iterable[tuple[Tensor, Tensor]]:
     if isinstance(images, ImageTensors):
         return zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True)
-    return DataLoader(images, batch_size, num_workers=num_workers)
+    return DataLoader(replace(images, substitute=False), batch_size, num_workers=num_workers)
 
 
 def _placed(images: Images, device: torch.device) -> Images:
