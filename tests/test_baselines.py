@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_interpreter import run_interpreted
 
 from blockvit import BlockSparseLinear, BSRMatrix, backends, tune
 from blockvit.kernels import resolve, torch_tuned, torchao_bsr, tuning
@@ -44,6 +45,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 def entry(*, shape=(3072, 768), tokens=1024, block_size=64, dtype="bfloat16", sparsity=0.9, split=8) -> tuning.Entry:
@@ -174,13 +176,13 @@ CANDIDATES = [
 )
 def test_the_nearest_entry_is_chosen(asked, chosen):
     for candidates in (CANDIDATES, CANDIDATES[::-1]):
-        assert torch_tuned.choose(candidates, {**LIKE, **asked}) is CANDIDATES[chosen]
+        assert tuning.nearest(candidates, {**LIKE, **asked}) is CANDIDATES[chosen]
 
 
 def test_no_entry_of_the_block_size_and_dtype_is_none():
-    assert torch_tuned.choose(CANDIDATES, {**LIKE, "dtype": "float16"}) is None
-    assert torch_tuned.choose(CANDIDATES, {**LIKE, "block_size": 128}) is None
-    assert torch_tuned.choose([], LIKE) is None
+    assert tuning.nearest(CANDIDATES, {**LIKE, "dtype": "float16"}) is None
+    assert tuning.nearest(CANDIDATES, {**LIKE, "block_size": 128}) is None
+    assert tuning.nearest([], LIKE) is None
 
 
 @pytest.mark.parametrize(
@@ -409,37 +411,21 @@ def test_the_command_prints_a_line_a_case(store, gpu, monkeypatch, capsys):
 
 # --- results, in the interpreter -------------------------------------------------------------------------------------
 
-INTERPRETED = """
-import os, sys
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
+PREPARED = """
 import torch
 import torch.nn.functional as F
 import torch.utils._triton
-import triton.runtime.autotuner, triton.runtime.interpreter as interpreter
+import triton.runtime.autotuner
 
 # PyTorch and torchao define their kernels only where they see a GPU, and ask for its name.
 torch.utils._triton.has_triton = lambda *_, **__: True
 torch.cuda.get_device_name = lambda *_: "interpreter"
 triton.runtime.autotuner.Autotuner._bench = lambda *_, **__: [1.0, 1.0, 1.0]  # there is nothing to choose here
 
-# The interpreter wants grids as tuples, which the compiler does not; these libraries give lists.
-init = interpreter.GridExecutor.__init__
-def init_with_tuple(self, fn, arg_names, grid, *rest):
-    init(self, fn, arg_names, (lambda meta: tuple(grid(meta))) if callable(grid) else tuple(grid), *rest)
-interpreter.GridExecutor.__init__ = init_with_tuple
-
-# Triton 3.6 takes the int() of an array of one number, which NumPy 2.5 refuses.
-patch = interpreter._patch_lang_tensor
-def patch_with_index(tensor, *scope):
-    patch(tensor, *scope)
-    tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-interpreter._patch_lang_tensor = patch_with_index
-
 from blockvit import BSRMatrix, backends
 from blockvit.kernels import torch_tuned, tuning
 """
-"""A process's beginning: Triton's interpreter, and what keeps these libraries from running in it."""
+"""What keeps these libraries from running in the interpreter."""
 
 PRODUCTS = """
 name = sys.argv[1]
@@ -501,16 +487,10 @@ print("done")
 """
 
 
-def run_interpreted(script: str, *arguments: str) -> None:
-    command = [sys.executable, "-c", INTERPRETED + script, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0 and process.stdout.endswith("done\n"), process.stdout + process.stderr
-
-
 @pytest.mark.slow
 def test_pytorchs_search_runs_in_the_interpreter(store):
     pytest.importorskip("triton")
-    run_interpreted(SEARCH)
+    run_interpreted(PREPARED + SEARCH)
 
 
 @pytest.mark.slow
@@ -519,7 +499,7 @@ def test_result_equals_dense_in_the_interpreter(name, store):
     for package in ("triton", *({name} - {"torch_tuned"})):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    run_interpreted(PRODUCTS, name)
+    run_interpreted(PREPARED + PRODUCTS, name)
 
 
 @pytest.mark.slow

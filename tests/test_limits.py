@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from blockvit import limits
-from blockvit.supermask import num_kept
+from blockvit.masks import num_kept
 
 LAYER = {"model": "768x3072", "tokens": 100, "precision": "fp32", "block_size": 32, "sparsity": 0.9, "backend": "torch"}
 DENSE = {**LAYER, "block_size": np.nan, "sparsity": np.nan, "backend": "dense"}

@@ -11,8 +11,8 @@ from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
 from blockvit.clocks import Timing
 from blockvit.fold import random_block_mask_
+from blockvit.masks import num_kept
 from blockvit.results import COLUMNS, KEYS, Store
-from blockvit.supermask import num_kept
 from blockvit.targets import matching
 from blockvit.workloads import (
     SCOPES,
