@@ -45,6 +45,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 def entry(*, shape=(3072, 768), tokens=1024, block_size=64, dtype="bfloat16", sparsity=0.9, split=8) -> tuning.Entry:
@@ -175,13 +176,13 @@ CANDIDATES = [
 )
 def test_the_nearest_entry_is_chosen(asked, chosen):
     for candidates in (CANDIDATES, CANDIDATES[::-1]):
-        assert torch_tuned.choose(candidates, {**LIKE, **asked}) is CANDIDATES[chosen]
+        assert tuning.nearest(candidates, {**LIKE, **asked}) is CANDIDATES[chosen]
 
 
 def test_no_entry_of_the_block_size_and_dtype_is_none():
-    assert torch_tuned.choose(CANDIDATES, {**LIKE, "dtype": "float16"}) is None
-    assert torch_tuned.choose(CANDIDATES, {**LIKE, "block_size": 128}) is None
-    assert torch_tuned.choose([], LIKE) is None
+    assert tuning.nearest(CANDIDATES, {**LIKE, "dtype": "float16"}) is None
+    assert tuning.nearest(CANDIDATES, {**LIKE, "block_size": 128}) is None
+    assert tuning.nearest([], LIKE) is None
 
 
 @pytest.mark.parametrize(

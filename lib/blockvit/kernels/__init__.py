@@ -4,7 +4,8 @@ To add a backend, write a module here with a subclass of ``registry.Backend``, d
 import it below.
 """
 
-from . import blksprs_bsr, cpu, dense, gather, torch_bsr, torch_tuned, torchao_bsr  # noqa: F401  (each registers itself)
+# Each registers itself.
+from . import blksprs_bsr, cpu, dense, gather, torch_bsr, torch_tuned, torchao_bsr, triton  # noqa: F401
 from .registry import ACTIVATIONS, Backend, BackendUnavailableError, backends, named, register, resolve
 
 __all__ = ["ACTIVATIONS", "Backend", "BackendUnavailableError", "backends", "named", "register", "resolve"]

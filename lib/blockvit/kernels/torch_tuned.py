@@ -8,8 +8,7 @@ bias expanded, the output row-major. Inference only: it has no gradients. float3
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -40,24 +39,6 @@ def tuning_key(
         "sparsity": round(1 - nnz / blocks, 2),
         "tokens": tokens,
     }
-
-
-def choose(entries: Sequence[tuning.Entry], key: Mapping[str, Any]) -> tuning.Entry | None:
-    """The entry with this key, or the nearest of its block size and dtype; None if there is none of these.
-
-    An entry of the same shape is nearer than any other; then the nearest sparsity, number of tokens and shape.
-    """
-
-    def distance(entry: tuning.Entry) -> tuple[float, ...]:
-        other = entry["key"]
-        out_ratio, in_ratio, tokens_ratio = (
-            abs(math.log(other[name] / key[name])) for name in ("out_features", "in_features", "tokens")
-        )
-        apart = out_ratio + in_ratio
-        return apart > 0, round(abs(other["sparsity"] - key["sparsity"]), 4), tokens_ratio, apart
-
-    alike = [e for e in entries if all(e["key"][name] == key[name] for name in ("block_size", "dtype"))]
-    return min(alike, key=distance, default=None)
 
 
 def fit(entry: tuning.Entry, tokens: int) -> tuple[dict[str, int], int]:
@@ -104,7 +85,7 @@ def _launch(
     """Parameters and padded tokens of a call; remembered, because a look-up takes longer than a small product."""
     key = tuning_key(out_features, in_features, tokens, block_size, dtype, nnz)
     name = tuning.device_name(device)
-    entry = choose(tuning.load(name).get(NAME, []), key)
+    entry = tuning.nearest(tuning.load(name).get(NAME, []), key)
     if entry is None:
         raise RuntimeError(_untuned(name, dtype, block_size))
     return fit(entry, tokens)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -111,6 +112,25 @@ def _check(entry: Any) -> None:
 def find(device_name: str, backend: str, key: Mapping[str, Any]) -> Entry | None:
     """The entry with exactly this key."""
     return next((entry for entry in load(device_name).get(backend, []) if entry["key"] == dict(key)), None)
+
+
+def nearest(entries: Iterable[Entry], key: Mapping[str, Any]) -> Entry | None:
+    """The entry with this key, or the nearest of its block size and dtype; None if there is none of these.
+
+    Keys hold ``block_size``, ``dtype``, ``out_features``, ``in_features``, ``sparsity`` and ``tokens``. An entry of the
+    same shape is nearer than any other; then the nearest sparsity, number of tokens and shape.
+    """
+
+    def distance(entry: Entry) -> tuple[float, ...]:
+        other = entry["key"]
+        out_ratio, in_ratio, tokens_ratio = (
+            abs(math.log(other[name] / key[name])) for name in ("out_features", "in_features", "tokens")
+        )
+        apart = out_ratio + in_ratio
+        return apart > 0, round(abs(other["sparsity"] - key["sparsity"]), 4), tokens_ratio, apart
+
+    alike = [e for e in entries if all(e["key"][name] == key[name] for name in ("block_size", "dtype"))]
+    return min(alike, key=distance, default=None)
 
 
 def store(

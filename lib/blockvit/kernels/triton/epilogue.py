@@ -1,4 +1,4 @@
-"""What the kernels share on their way from products to results: how operands are multiplied, bias and GELU."""
+"""What the kernels share on their way from products to results: how operands are multiplied, and GELU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on tensors in the host's memory."""
 
-_UPCAST = tl.constexpr(INTERPRETED)
+_WIDEN = tl.constexpr(INTERPRETED)
+
+_FARTHEST = tl.constexpr(6.0)
+"""From here on GELU is ReLU to within 6e-9."""
 
 
 @triton.jit
@@ -17,18 +20,53 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
 
     The interpreter multiplies the raw bits of bfloat16 numbers; there they are widened first, which is exact.
     """
-    if _UPCAST:
+    if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def activate(y, ACTIVATION: tl.constexpr):
-    """``y`` in float32 through ``ACTIVATION``: None, ``gelu`` (exact, by erf) or ``gelu_tanh``."""
+def activate(y, ACTIVATION: tl.constexpr, EXACT: tl.constexpr = True):
+    """``y`` in float32 through ``ACTIVATION``: None, ``gelu`` (by erf) or ``gelu_tanh``.
+
+    ``EXACT``: to float32's accuracy; otherwise to half precision's, a little cheaper.
+    """
     if ACTIVATION == "gelu":
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+        y = _gelu(y, EXACT)
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh z) = sigmoid(2 z)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+        # 0.5 (1 + tanh z) = sigmoid(2 z), and sigmoid(u) = 1 / (1 + 2^(-u / ln 2))
+        z = y * (-2.302208198 - 0.1029432397 * y * y)
+        y = tl.fdiv(y, 1 + tl.exp2(z))
     return y
+
+
+@triton.jit
+def _gelu(y, EXACT: tl.constexpr):
+    """``gelu(y) = relu(y) - a Q(a)``, where ``a = |y|`` and Q is the Gaussian tail, here as 2 to a polynomial.
+
+    The polynomials are minimax in what they add to the result's error: at most 4e-8 of degree 9 and 7e-8 of degree 6,
+    below float32's own rounding; of small ``y`` the relative error is at most 2e-7 and 5e-6. A third of the
+    instructions of ``0.5 * y * (1 + erf(y / sqrt(2)))`` with the library's ``erf``: in a layer with 10 % of its weight
+    the 155 million GELUs of 50432 tokens x 3072 would take longer than the products (counted; not measured).
+    """
+    a = tl.minimum(tl.abs(y), _FARTHEST)
+    if EXACT:
+        log = 3.66887062e-7
+        log = log * a - 7.36897667e-6
+        log = log * a + 6.14130011e-5
+        log = log * a - 2.39383236e-4
+        log = log * a - 7.19382266e-5
+        log = log * a + 7.03106612e-3
+        log = log * a - 5.25015735e-2
+        log = log * a - 4.59197218e-1
+        log = log * a - 1.15110838e0
+        log = log * a - 9.99999772e-1
+    else:
+        log = 3.30927796e-5 * a - 7.69219379e-4
+        log = log * a + 8.08071542e-3
+        log = log * a - 5.34121024e-2
+        log = log * a - 4.58770975e-1
+        log = log * a - 1.15120170e0
+        log = log * a - 9.99993061e-1
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(log)

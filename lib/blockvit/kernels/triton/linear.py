@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import activate, multiply_add
+from .. import tuning
+from . import parameters as tuned
+from .epilogue import INTERPRETED, activate, multiply_add
+from .packing import Packed
+
+MOST_TILES = 65535
+"""The second index of a grid ends here (CUDA)."""
 
 
 @triton.jit
@@ -19,10 +25,10 @@ def _linear_kernel(
     col_ptr,
     order_ptr,
     values_ptr,
+    rows_ptr,
     bias_ptr,
     y_ptr,
     tokens,
-    programs_a_tile,
     stride_xt,
     stride_xi,
     stride_yt,
@@ -35,41 +41,69 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Programs that share a token tile follow each other, so that the tile is read from memory once.
-    pid = tl.program_id(0)
-    tile, part = pid // programs_a_tile, pid % programs_a_tile
-    block_row = part // (ROWS // BLOCK_N)
-    n = part % (ROWS // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)  # within the block row
+    # Programs start in the order of the first index: those that share a token tile follow each other, so the tile comes
+    # from memory once. Tiles take two indices, because the second has an end.
+    SLICES: tl.constexpr = ROWS // BLOCK_N
+    group = tl.program_id(0) // SLICES
+    tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    first = tl.load(crow_ptr + group)
+    end = tl.load(crow_ptr + group + 1)
+
+    n = tl.program_id(0) % SLICES * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # In 64 bits: tokens times features may exceed 2^31. Past the last token it is read again: no mask at every load.
+    token = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_rows = x_ptr + (tl.minimum(token, tokens - 1) * stride_xt)[:, None]
 
-    token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Tail tokens read the last one again instead of being masked: a predicate less for each load.
-    x_rows = x_ptr + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * stride_xt
-
-    first = tl.load(crow_ptr + block_row)
-    end = tl.load(crow_ptr + block_row + 1)
+    out = group * ROWS + n
+    real = n < ROWS
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + group * (ROWS // COLS) + n // COLS)
+        out = row * COLS + n % COLS
+        real = row >= 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, (end - first) * COLS, BLOCK_K):
-        # A tile in K is made of several blocks of the row, or is part of one.
-        block = first + (start + k) // COLS
-        within = (start + k) % COLS
-        there = block < end
-        col = tl.load(col_ptr + block, mask=there, other=0)
-        x = tl.load(x_rows + (col * COLS + within)[None, :] * stride_xi, mask=there[None, :], other=0.0)
-        if order_ptr is not None:
-            block = tl.load(order_ptr + block, mask=there, other=0)
-        base = values_ptr + block.to(tl.int64) * (ROWS * COLS)
-        if TRANSPOSED:
-            w = tl.load((base + within * ROWS)[:, None] + n[None, :], mask=there[:, None], other=0.0)
+    if bias_ptr is not None:  # first, so that it has come by the time the sums are done
+        acc += tl.load(bias_ptr + out, mask=real, other=0.0).to(tl.float32)[None, :]
+
+    # A step in K takes a piece of a block, or joins several blocks that are narrower than a tile: so tensor cores get
+    # whole tiles of every block size, and nothing is multiplied in vain. Indices are read a step ahead; the loads that
+    # they lead to are then pipelined as in a dense product.
+    PIECES: tl.constexpr = max(COLS // BLOCK_K, 1)
+    JOINED: tl.constexpr = max(BLOCK_K // COLS, 1)
+    which = k // COLS if JOINED > 1 else 0
+    block = first + which
+    col = tl.load(col_ptr + block, mask=block < end, other=0)
+    if order_ptr is not None:
+        place = tl.load(order_ptr + block, mask=block < end, other=0)
+    for step in range(0, (end - first) * PIECES if JOINED == 1 else tl.cdiv(end - first, JOINED)):
+        within = k % COLS if JOINED > 1 else step % PIECES * BLOCK_K + k
+        start = first + step // PIECES * JOINED
+        there = start + which < end
+        x_ptrs = x_rows + ((col * COLS + within).to(tl.int64) * stride_xi)[None, :]
+        if order_ptr is None:
+            w_k = values_ptr + start.to(tl.int64) * (ROWS * COLS) + which * (ROWS * COLS)
         else:
-            w = tl.load((base + within)[:, None] + n[None, :] * COLS, mask=there[:, None], other=0.0)
+            w_k = values_ptr + place.to(tl.int64) * (ROWS * COLS)
+        if TRANSPOSED:
+            w_ptrs = (w_k + within * ROWS)[:, None] + n[None, :]
+        else:
+            w_ptrs = (w_k + within)[:, None] + n[None, :] * COLS
+        if JOINED > 1:
+            x = tl.load(x_ptrs, mask=there[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=there[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+
+        block = first + (step + 1) // PIECES * JOINED + which
+        col = tl.load(col_ptr + block, mask=block < end, other=0)
+        if order_ptr is not None:
+            place = tl.load(order_ptr + block, mask=block < end, other=0)
         acc = multiply_add(x, w, acc, PRECISION)
 
-    out = block_row * ROWS + n
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + out).to(tl.float32)[None, :]
-    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token.to(tl.int64)[:, None] * stride_yt + out[None, :], y, mask=(token < tokens)[:, None])
+    y = activate(acc, ACTIVATION, y_ptr.dtype.element_ty == tl.float32).to(y_ptr.dtype.element_ty)
+    y_ptrs = y_ptr + (token * stride_yt)[:, None] + out[None, :]
+    tl.store(y_ptrs, y, mask=(token < tokens)[:, None] & real[None, :])
 
 
 def launch(
@@ -81,43 +115,47 @@ def launch(
     activation: str | None = None,
     *,
     precision: str,
+    rows: Tensor | None = None,
+    out_features: int | None = None,
+    nnz: int | None = None,
     order: Tensor | None = None,
     transposed: bool = False,
     parameters: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """``y[t, r * rows + i] = activation(sum x[t, col[k] * cols + j] * B[k][i, j] + bias[r * rows + i])``, contiguous.
+    """``y[t, g * R + i] = activation(sum x[t, col[k] * C + j] * B[k][i, j] + bias[g * R + i])``, contiguous.
 
-    The sum is over ``k`` from ``crow[r]`` to ``crow[r + 1]`` and ``j``. Block ``B[k]`` is ``values[k]``, or
-    ``values[order[k]]``; transposed if ``transposed``. So a product with the transposed matrix needs other indices, but
-    no copy of the values. Reads nothing back: no wait for the device.
+    The sum is over ``k`` from ``crow[g]`` to ``crow[g + 1]`` and ``j``. Block ``B[k]`` ``(R, C)`` is ``values[k]`` or,
+    with an ``order``, ``values[order[k]]``; ``transposed``: its transpose. So a product with the transposed matrix
+    needs other indices, but no copy of the values. Reads nothing back: no wait for the device.
 
     Args:
         x: ``(tokens, in)``, any strides, at least one token.
-        crow: int32 ``(block rows + 1,)``.
+        crow: int32 ``(groups + 1,)``.
         col: int32 ``(blocks,)``.
-        values: ``(blocks, rows, cols)``, contiguous, in ``x``'s dtype; sizes are powers of two from 16 on.
+        values: ``(blocks, R, C)``, contiguous, in ``x``'s dtype; sizes are powers of two from 16 on.
         bias: ``(out,)`` in any dtype, contiguous.
         activation: None, ``"gelu"`` or ``"gelu_tanh"``.
         precision: how float32 is multiplied: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``; other dtypes ignore it.
+        rows: int32 ``(groups, R / C)``: group ``g`` makes the outputs ``rows[g, i] * C`` to ``rows[g, i] * C + C - 1``
+            instead, nothing where that is -1. Together they have to make each output once.
+        out_features: number of outputs; needed with ``rows``, where the groups may have more.
+        nnz: blocks ``(C, C)`` of the weight before it was put in groups, by which parameters are looked up.
         order: int32 ``(blocks,)``.
         transposed: blocks are the transposes of what ``values`` holds.
         parameters: ``BLOCK_M``, ``BLOCK_N``, ``BLOCK_K``, ``num_warps``, ``num_stages``; None: see ``parameters``.
     """
-    tokens, rows, cols = x.shape[0], *values.shape[1:]
+    tokens, (height, width) = x.shape[0], values.shape[1:]
     if transposed:
-        rows, cols = cols, rows
-    block_rows = crow.shape[0] - 1
+        height, width = width, height
+    groups = crow.shape[0] - 1
+    out_features = groups * height if out_features is None else out_features
     if parameters is None:
-        parameters = {
-            "BLOCK_M": 64,
-            "BLOCK_N": min(rows, 64),
-            "BLOCK_K": 128 // x.element_size(),
-            "num_warps": 4,
-            "num_stages": 3,
-        }
-    y = x.new_empty(tokens, block_rows * rows)
-    programs_a_tile = block_rows * (rows // parameters["BLOCK_N"])
-    grid = (triton.cdiv(tokens, parameters["BLOCK_M"]) * programs_a_tile,)
+        nnz = values.shape[0] if nnz is None else nnz
+        like = out_features, x.shape[1], tokens, width, x.dtype, nnz, precision, height // width
+        parameters = tuned.linear(tuning.stored(), x.device, *like)
+    y = x.new_empty(tokens, out_features)
+    tiles = triton.cdiv(tokens, parameters["BLOCK_M"])
+    grid = (groups * (height // parameters["BLOCK_N"]), min(tiles, MOST_TILES), triton.cdiv(tiles, MOST_TILES))
     with torch.cuda.device_of(x):
         _linear_kernel[grid](
             x,
@@ -125,18 +163,85 @@ def launch(
             col,
             order,
             values,
+            rows,
             bias,
             y,
             tokens,
-            programs_a_tile,
             x.stride(0),
             x.stride(1),
             y.stride(0),
-            ROWS=rows,
-            COLS=cols,
+            ROWS=height,
+            COLS=width,
             TRANSPOSED=transposed,
             ACTIVATION=activation,
             PRECISION=precision,
+            enable_fp_fusion=True,  # Triton's default, which 3.9 warns of when it is not said
             **parameters,
         )
     return y
+
+
+# Registered with the dispatcher itself: `custom_op` adds some 10 us of Python to a call, as much as a small layer takes
+# at batch size 1. Not as a `triton_op` that the compiler sees through: it fuses nothing into a foreign kernel, and the
+# launch parameters, which depend on the number of tokens, would make a graph out of every number.
+_library = torch.library.Library("blockvit", "FRAGMENT")
+_SIGNATURE = (
+    "(Tensor x, Tensor crow, Tensor col, Tensor values, Tensor? rows, Tensor? bias, int out_features, int nnz, "
+    "str? activation) -> Tensor"
+)
+
+
+def _linear(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    nnz: int,
+    activation: str | None,
+) -> Tensor:
+    return launch(
+        x,
+        crow,
+        col,
+        values,
+        bias,
+        activation,
+        precision=tuned.precision(x.dtype),
+        rows=rows,
+        out_features=out_features,
+        nnz=nnz,
+    )
+
+
+def _fake(x, crow, col, values, rows, bias, out_features, nnz, activation) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.out_features, ctx.nnz, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The input of the GELU is computed again instead of being kept. The gradient of x goes through the dense weight.
+    x, crow, col, values, rows, bias = ctx.saved_tensors
+    if ctx.activation is not None:
+        before = torch.ops.blockvit.triton_linear_no_grad(*ctx.saved_tensors, ctx.out_features, ctx.nnz, None)
+        approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
+        grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ Packed(crow, col, values, rows).to_dense(ctx.out_features, x.shape[1])
+    if bias is not None and ctx.needs_input_grad[5]:
+        grad_bias = grad.sum(dim=0)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+for _name in ("triton_linear", "triton_linear_no_grad"):
+    _library.define(_name + _SIGNATURE)
+    _library.impl(_name, _linear, "CPU" if INTERPRETED else "CUDA")
+    torch.library.register_fake(f"blockvit::{_name}", _fake, lib=_library)
+torch.library.register_autograd("blockvit::triton_linear", _backward, setup_context=_save_inputs, lib=_library)

@@ -1,0 +1,145 @@
+"""Launch parameters of our kernels: tuned for this GPU if they were, else by rules that comments give the reasons of.
+
+Never searched for in a call: ``python -m blockvit.tune`` does that, and ``kernels.tuning`` keeps what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from .. import tuning
+
+LINEAR = "triton"
+"""The name that parameters of the block-sparse linear are stored under."""
+
+FLOAT32 = "tf32x3"
+"""How float32 is multiplied where TF32 is not allowed: as three products in TF32, as accurate as float32's own.
+
+On tensor cores; an H100 does 3 times 130 TFLOP/s in TF32 where its float32 units do 50 (cuBLAS)."""
+
+TILE_BYTES = 128
+"""A tile's length in K, in bytes: the widest that shared memory is swizzled for, so that no bank is hit twice."""
+
+HOPPER = {"multiprocessors": 132, "shared": 227 * 1024}
+"""What counts where there is no GPU to ask."""
+
+
+def float32_precision() -> str:
+    """How float32 is multiplied now: ``tf32`` if the user allows that for matrix products, else ``FLOAT32``."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else FLOAT32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s precision for operands of ``dtype``; only that of float32 means anything."""
+    return float32_precision() if dtype == torch.float32 else "ieee"
+
+
+def key(
+    out_features: int, in_features: int, tokens: int, block_size: int, dtype: torch.dtype, nnz: int, precision: str
+) -> dict[str, Any]:
+    """What parameters depend on. Sizes are the padded ones, ``nnz`` is the number of the weight's blocks."""
+    blocks = out_features * in_features / block_size**2
+    return {
+        "block_size": block_size,
+        "dtype": "tf32" if precision == "tf32" else str(dtype).removeprefix("torch."),
+        "in_features": in_features,
+        "out_features": out_features,
+        "sparsity": round(1 - nnz / blocks, 2),
+        "tokens": tokens,
+    }
+
+
+@lru_cache(maxsize=4096)
+def linear(
+    stored: int,
+    device: torch.device,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    block_size: int,
+    dtype: torch.dtype,
+    nnz: int,
+    precision: str,
+    group: int,
+) -> Mapping[str, int]:
+    """Parameters for a product with a weight in groups of ``group`` block rows.
+
+    Remembered by all that it depends on; ``stored`` is ``tuning.stored()``, so that what has just been tuned counts.
+    """
+    entries = [e for e in _entries(device) if e["parameters"]["GROUP"] == group]
+    entry = tuning.nearest(entries, key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
+    if entry is not None:
+        return {name: value for name, value in entry["parameters"].items() if name != "GROUP"}
+    programs = max(1, out_features // (group * block_size))
+    return default(group * block_size, dtype.itemsize, precision, tokens, programs, **resources(device))
+
+
+def group(
+    device: torch.device, out_features: int, in_features: int, block_size: int, dtype: torch.dtype, nnz: int
+) -> int | None:
+    """How many block rows a group has that was found best on this GPU; None if nothing like it was tuned.
+
+    A weight is packed before anyone knows for how many tokens: the largest number that was tuned decides.
+    """
+    entries = _entries(device)
+    tokens = max((e["key"]["tokens"] for e in entries), default=1)
+    wanted = key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
+    entry = tuning.nearest(entries, wanted)
+    return None if entry is None else entry["parameters"]["GROUP"]
+
+
+def _entries(device: torch.device) -> list[tuning.Entry]:
+    return tuning.load(tuning.device_name(device)).get(LINEAR, [])
+
+
+@cache
+def resources(device: torch.device) -> dict[str, int]:
+    """``multiprocessors`` of a GPU and ``shared`` bytes that a program can have."""
+    if device.type != "cuda":
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "multiprocessors": properties.multi_processor_count,
+        "shared": properties.shared_memory_per_block_optin,
+    }
+
+
+def default(
+    height: int, itemsize: int, precision: str, tokens: int, programs: int, *, multiprocessors: int, shared: int
+) -> dict[str, int]:
+    """Parameters for groups of ``height`` outputs, ``programs`` of them, for a GPU that nothing was tuned for.
+
+    Chosen by counting and by what the compiler says of registers; unmeasured.
+    """
+    emulated = itemsize == 4 and precision != "tf32"
+    # Weights are read once for each token tile, so tiles are long: 128 tokens, two of Hopper's instructions side by
+    # side. Emulated float32 keeps the parts of x in registers: there 64, or they spill.
+    block_m = 64 if emulated else 128
+    block_n = min(height, 64 if emulated else 128)
+    # A few tokens in short tiles: every multiprocessor gets two programs if that is possible, for each waits for memory
+    # most of the time.
+    programs *= max(1, height // block_n)
+    while block_m > 16 and -(-tokens // block_m) * programs < 2 * multiprocessors:
+        block_m //= 2
+    block_k = TILE_BYTES // itemsize
+    # Two tiles on their way while one is multiplied; rows are short (1 to 20 tiles in ViT-B/16), more would stay unused
+    # and keep other programs from the multiprocessor.
+    stages = 3
+    while stages > 1 and shared_bytes(block_m, block_n, block_k, stages, itemsize) > shared:
+        stages -= 1
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": 8 if block_m * block_n > 128 * 64 else 4,  # at most 64 sums a thread
+        "num_stages": stages,
+    }
+
+
+def shared_bytes(block_m: int, block_n: int, block_k: int, stages: int, itemsize: int) -> int:
+    """Shared memory of the tiles on their way, which is all that a program needs."""
+    return stages * (block_m + block_n) * block_k * itemsize
