@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .bsr import BlockPattern, BSRMatrix, block_view
+from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .masks import block_sums, expand_mask, num_kept
 from .supermask import SupermaskLinear, supermask_layers
@@ -61,9 +61,8 @@ class _SparseProduct(torch.autograd.Function):
         values = blocks_at(weight, pattern, b).to(x.dtype)
         ctx.save_for_backward(x, weight, values, mask, *pattern)
         ctx.how = how
-        packed = how.backend.pack(BSRMatrix(pattern.crow, pattern.col, values, tuple(weight.shape)))
         bias = None if bias is None else _padded(bias, b)
-        return how.backend.linear(_padded(x, b), packed, bias, None).narrow(1, 0, weight.shape[0])
+        return how.backend.product(_padded(x, b), values, pattern, bias).narrow(1, 0, weight.shape[0])
 
     @staticmethod
     @once_differentiable

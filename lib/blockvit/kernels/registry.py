@@ -62,13 +62,18 @@ class Backend(ABC):
         the result is ``(tokens, padded out)``.
         """
 
+    # What training needs, with a weight that is another one in each step: the blocks ``values`` ``(nnz, b, b)`` at a
+    # ``pattern`` that lasts. Not differentiable; each has a general form that a backend may have something better for.
+
+    @classmethod
+    def product(cls, x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None) -> Tensor:
+        """``x @ W.T + bias``: as ``linear``, without an activation. In general: packed anew."""
+        matrix = BSRMatrix(pattern.crow, pattern.col, values, ((len(pattern.crow) - 1) * values.shape[1], x.shape[1]))
+        return cls.linear(x, cls.pack(matrix), bias, None)
+
     @classmethod
     def input_gradient(cls, grad: Tensor, values: Tensor, pattern: BlockPattern) -> Tensor:
-        """``grad @ W`` ``(tokens, padded in)``, ``W`` being the weight with the blocks ``values`` at ``pattern``.
-
-        ``grad`` is ``(tokens, padded out)``, the gradient of ``linear``'s result, ``values`` ``(nnz, b, b)``. Here
-        through ``linear``, with the transposed weight packed anew.
-        """
+        """``grad @ W``, ``(tokens, padded in)``; ``grad`` is ``(tokens, padded out)``. In general: packed anew."""
         transposed = values.index_select(0, pattern.order).transpose(1, 2).contiguous()
         shape = (len(pattern.transposed_crow) - 1) * values.shape[1], grad.shape[1]
         matrix = BSRMatrix(pattern.transposed_crow, pattern.transposed_col, transposed, shape)
@@ -78,8 +83,7 @@ class Backend(ABC):
     def weight_gradient(cls, grad: Tensor, x: Tensor, pattern: BlockPattern, block_size: int) -> Tensor:
         """The blocks of ``grad.T @ x`` at ``pattern``, a sampled dense-dense product (SDDMM): ``(nnz, b, b)``.
 
-        ``grad`` is ``(tokens, padded out)``, the gradient of ``linear``'s result, ``x`` is ``(tokens, padded in)``. In
-        plain PyTorch, for backends that have nothing better.
+        ``grad`` is ``(tokens, padded out)``, ``x`` is ``(tokens, padded in)``. In general: plain PyTorch.
         """
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         blocks = x.new_zeros(len(pattern.col), block_size, block_size, dtype=wide)

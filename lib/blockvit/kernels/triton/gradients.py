@@ -21,11 +21,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...bsr import BlockPattern
 from . import linear
-from .epilogue import multiply_add
+from . import parameters as tuned
+from .epilogue import INTERPRETED, multiply_add
 
 PROGRAMS = 528
 """To split the tokens for: 4 on each of an H100's 132 multiprocessors. Fewer leave some idle, more write more partial
@@ -35,7 +35,7 @@ TOKENS = 512
 """At least so many for each split, so that its partial sums, 4 bytes a weight, stay few beside what it reads."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tokens_a_split"])  # or other numbers of tokens would be compiled anew
 def _sampled_kernel(
     lines_ptr,
     others_ptr,
@@ -95,102 +95,6 @@ def _sampled_kernel(
         tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=there[:, None])
 
 
-def input_gradient(grad: Tensor, values: Tensor, pattern: BlockPattern, precision: str) -> Tensor:
-    """``grad @ W`` for the weight with the blocks ``values`` at ``pattern``.
-
-    Args:
-        grad: ``(tokens, out)``, any strides.
-        values: ``(nnz, b, b)``, contiguous; read in place.
-        pattern: of the weight.
-        precision: how float32 is multiplied, see ``linear.launch``.
-    """
-    _, _, _, crow, col, order = pattern
-    return _product(grad, crow, col, values, None, order, precision)
-
-
-def weight_gradient(grad: Tensor, x: Tensor, pattern: BlockPattern, block_size: int, precision: str) -> Tensor:
-    """The blocks of ``grad.T @ x`` at ``pattern``, ``(nnz, b, b)`` in the dtype of ``x``.
-
-    Sums are float32. Where there are few blocks the tokens are split between programs, whose partial sums a second
-    pass adds: always in the same order, so that a training can be repeated to the bit, which atomic additions would
-    not allow. Reads nothing back: no wait for the device.
-
-    Args:
-        grad: ``(tokens, out)``, any strides; ``out`` a multiple of ``block_size``.
-        x: ``(tokens, in)``, any strides, in the same dtype.
-        pattern: of the ``(out, in)`` weight.
-        block_size: a power of two from 16 to 128.
-        precision: how float32 is multiplied, see ``linear.launch``.
-    """
-    # Lines of the pattern that hold more blocks, which a program takes side by side.
-    if len(pattern.crow) <= len(pattern.transposed_crow):
-        return _sampled(grad, x, pattern.crow, pattern.col, None, block_size, precision)
-    turned = pattern.transposed_crow, pattern.transposed_col, pattern.order
-    return _sampled(x, grad, *turned, block_size, precision)
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("blockvit::triton_product", mutates_args=())
-def _product(
-    x: Tensor, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, order: Tensor | None, precision: str
-) -> Tensor:
-    return linear.launch(x, crow, col, values, bias, precision=precision, order=order, transposed=order is not None)
-
-
-@_product.register_fake
-def _(x, crow, col, values, bias, order, precision):
-    return x.new_empty(x.shape[0], (crow.shape[0] - 1) * values.shape[1])
-
-
-@torch.library.custom_op("blockvit::triton_sampled", mutates_args=())
-def _sampled(
-    lines: Tensor, others: Tensor, crow: Tensor, col: Tensor, order: Tensor | None, block_size: int, precision: str
-) -> Tensor:
-    return sample(lines, others, crow, col, order, block_size, precision=precision)
-
-
-@_sampled.register_fake
-def _(lines, others, crow, col, order, block_size, precision):
-    return lines.new_empty(col.shape[0], block_size, block_size)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, values, bias, precision, *pattern):
-        ctx.save_for_backward(x, values, *pattern)
-        ctx.precision = precision
-        where = BlockPattern(*pattern)
-        return _product(x, where.crow, where.col, values, bias, None, precision)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, values, *indices = ctx.saved_tensors
-        pattern = BlockPattern(*indices)
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(grad, values, pattern, ctx.precision)
-        if ctx.needs_input_grad[1]:
-            grad_values = weight_gradient(grad, x, pattern, values.shape[1], ctx.precision)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(dim=0)
-        return grad_x, grad_values, grad_bias, None, *[None] * len(pattern)
-
-
-def differentiable(x: Tensor, values: Tensor, bias: Tensor | None, pattern: BlockPattern, *, precision: str) -> Tensor:
-    """``x @ W.T + bias``, differentiable in ``x``, ``values`` and ``bias``; arguments as for ``linear.launch``.
-
-    Without an activation: PyTorch's own behind it keeps what its gradient needs, the numbers before it, whereas a
-    fused one would have to compute them again, a third product of the layer's size.
-    """
-    return _Linear.apply(x, values, bias, precision, *pattern)
-
-
-# --- launch ----------------------------------------------------------------------------------------------------------
-
-
 def default_parameters(block_size: int, blocks_a_row: int, dtype: torch.dtype) -> dict[str, int]:
     """Launch parameters for a weight with so many blocks in a row, full block rows and empty ones averaged.
 
@@ -206,24 +110,38 @@ def default_parameters(block_size: int, blocks_a_row: int, dtype: torch.dtype) -
     }
 
 
-def sample(
-    lines: Tensor,
-    others: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    order: Tensor | None,
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    pattern: BlockPattern,
     block_size: int,
     *,
     precision: str,
     parameters: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """The blocks of ``lines.T @ others`` at ``crow`` and ``col``; ``order`` says where each goes, then transposed."""
+    """The blocks of ``grad.T @ x`` at ``pattern``, ``(nnz, b, b)`` in the dtype of ``x``.
+
+    Sums are float32. Where there are few blocks the tokens are split between programs, whose partial sums a second
+    pass adds: always in the same order, so that a training can be repeated to the bit, which atomic additions would
+    not allow. Reads nothing back: no wait for the device.
+
+    Args:
+        grad: ``(tokens, out)``, any strides, at least one token; ``out`` a multiple of ``block_size``.
+        x: ``(tokens, in)``, any strides, in the same dtype.
+        pattern: of the ``(out, in)`` weight.
+        block_size: a power of two from 16 to 128.
+        precision: how float32 is multiplied, see ``linear.launch``.
+        parameters: ``WIDTH``, ``BLOCK_T``, ``num_warps``, ``num_stages``; None: see ``default_parameters``.
+    """
+    if len(pattern.crow) <= len(pattern.transposed_crow):  # fewer rows than columns: more blocks in each
+        lines, others, crow, col, order = grad, x, pattern.crow, pattern.col, None
+    else:
+        lines, others, crow, col, order = x, grad, pattern.transposed_crow, pattern.transposed_col, pattern.order
     tokens, nnz, block_rows, b = lines.shape[0], len(col), len(crow) - 1, block_size
     blocks_a_row = triton.cdiv(max(nnz, 1), block_rows)
     parameters = parameters or default_parameters(b, blocks_a_row, lines.dtype)
     parts = triton.cdiv(blocks_a_row * b, parameters["WIDTH"])
     splits = max(1, min(triton.cdiv(PROGRAMS, block_rows * parts), tokens // TOKENS))
-    tokens_a_split = triton.cdiv(tokens, splits)
     out = lines.new_empty(splits, nnz, b, b, dtype=lines.dtype if splits == 1 else torch.float32)
     with torch.cuda.device_of(lines):
         _sampled_kernel[(splits * block_rows * parts,)](
@@ -234,7 +152,7 @@ def sample(
             order,
             out,
             tokens,
-            tokens_a_split,
+            triton.cdiv(tokens, splits),
             block_rows,
             parts,
             *lines.stride(),
@@ -243,6 +161,59 @@ def sample(
             B=b,
             TRANSPOSED=order is not None,
             PRECISION=precision,
+            enable_fp_fusion=True,  # Triton's default, which 3.9 warns of when it is not said
             **parameters,
         )
     return out[0] if splits == 1 else out.sum(dim=0).to(lines.dtype)
+
+
+# Registered as ``triton_linear`` is, for the same reasons.
+_library = torch.library.Library("blockvit", "FRAGMENT")
+
+
+def _product(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    how = {"precision": tuned.precision(x.dtype), "order": order, "transposed": order is not None}
+    return linear.launch(x, crow, col, values, bias, **how)
+
+
+def _sampled(
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor,
+    col: Tensor,
+    crow: Tensor,
+    transposed_crow: Tensor,
+    transposed_col: Tensor,
+    order: Tensor,
+    block_size: int,
+) -> Tensor:
+    pattern = BlockPattern(row, col, crow, transposed_crow, transposed_col, order)
+    return weight_gradient(grad, x, pattern, block_size, precision=tuned.precision(x.dtype))
+
+
+def _fake_product(x, crow, col, values, order, bias) -> Tensor:
+    return x.new_empty(x.shape[0], (crow.shape[0] - 1) * values.shape[1])
+
+
+def _fake_sampled(grad, x, row, col, crow, transposed_crow, transposed_col, order, block_size) -> Tensor:
+    return x.new_empty(col.shape[0], block_size, block_size)
+
+
+for _name, _signature, _implementation, _fake in (
+    (
+        "triton_product",
+        "(Tensor x, Tensor crow, Tensor col, Tensor values, Tensor? order, Tensor? bias) -> Tensor",
+        _product,
+        _fake_product,
+    ),
+    (
+        "triton_sampled",
+        "(Tensor grad, Tensor x, Tensor row, Tensor col, Tensor crow, Tensor transposed_crow, Tensor transposed_col, "
+        "Tensor order, int block_size) -> Tensor",
+        _sampled,
+        _fake_sampled,
+    ),
+):
+    _library.define(_name + _signature)
+    _library.impl(_name, _implementation, "CPU" if INTERPRETED else "CUDA")
+    torch.library.register_fake(f"blockvit::{_name}", _fake, lib=_library)
