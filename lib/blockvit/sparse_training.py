@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
-from .masks import block_sums, expand_mask, num_kept
+from .masks import block_dots, num_kept, scale_blocks
 from .supermask import SupermaskLinear, supermask_layers
 
 WEIGHT_GRADS = ("dense", "kept")
@@ -75,8 +75,8 @@ class _SparseProduct(torch.autograd.Function):
             grad_x = how.backend.input_gradient(_padded(grad, b), values, pattern).narrow(1, 0, weight.shape[1])
         if (wants_weight or wants_scores) and how.everywhere:
             effective = (grad.t() @ x).to(weight.dtype)
-            grad_scores = block_sums(effective * weight, b) if wants_scores else None
-            grad_weight = effective if how.dense_gradient else _masked_(effective, mask, b)
+            grad_scores = block_dots(effective, weight, b) if wants_scores else None
+            grad_weight = effective if how.dense_gradient else scale_blocks(effective, mask, b)
         elif wants_weight or wants_scores:
             sampled = how.backend.weight_gradient(_padded(grad, b), _padded(x, b), pattern, b).to(weight.dtype)
             grad_scores = _score_gradient(sampled, weight, mask, pattern) if wants_scores else None
@@ -89,14 +89,6 @@ def _padded(x: Tensor, block_size: int) -> Tensor:
     """``x`` with zeros behind its last dimension up to a multiple of ``block_size``; itself if it is one."""
     missing = -x.shape[-1] % block_size
     return F.pad(x, (0, missing)) if missing else x
-
-
-def _masked_(weight: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """``weight`` with its dropped blocks at zero; in place where blocks are whole."""
-    if any(size % block_size for size in weight.shape):
-        return weight * expand_mask(mask, block_size, tuple(weight.shape))
-    block_view(weight, block_size).mul_(mask[:, None, :, None])
-    return weight
 
 
 def _score_gradient(sampled: Tensor, weight: Tensor, mask: Tensor, pattern: BlockPattern) -> Tensor:
