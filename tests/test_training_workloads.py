@@ -10,6 +10,7 @@ from blockvit.results import COLUMNS, IMAGES_PER_SECOND, KEYS, STEP_SECONDS, Sto
 from blockvit.supermask import METHODS, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
 from blockvit.training_workloads import (
     NAIVE,
+    SPARSE,
     TrainingStepCase,
     naive_effective_weight,
     step_cases,
@@ -55,9 +56,9 @@ def test_rows_of_a_model():
 
 
 def test_rows_of_a_layer_under_autocast_by_every_method():
-    case = TrainingStepCase("48x32", 10, 16, precision="bf16", backends=(NAIVE, *METHODS))
+    case = TrainingStepCase("48x32", 10, 16, precision="bf16", backends=(NAIVE, *SPARSE, *METHODS))
     rows = case.measure(CPU, SHORT)
-    assert [row["backend"] for row in rows] == ["dense", NAIVE, *METHODS]
+    assert [row["backend"] for row in rows] == ["dense", NAIVE, *SPARSE, *METHODS]
     assert {(r["metric"], r["tokens"], r["scope"], r["precision"], r["dtype"]) for r in rows} == {
         (STEP_SECONDS, 10, "linear", "bf16", "float32")
     }
@@ -137,7 +138,7 @@ def test_grid():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backends has \['fast'\]; expected names among \['naive', 'supermask'"):
+    with pytest.raises(ValueError, match=r"backends has \['fast'\]; expected names among \['naive', 'sparse'"):
         TrainingStepCase("vit_digits", 4, 16, backends=("fast",))
 
 
@@ -147,3 +148,20 @@ def test_naive_masks_are_those_of_the_layer_it_belongs_to():
     training_workloads._made_naive(model)
     for layer, weight in zip(supermask_layers(model).values(), expected, strict=True):
         assert torch.equal(layer.effective_weight(), weight)
+
+
+def test_sparse_training_computes_what_the_supermask_does_and_counts_its_own_steps_only():
+    steps = training_workloads._Steps(LAYER, CPU, torch.float32)
+    calls = {backend: steps.call(backend, "eager") for backend in ("supermask", *SPARSE)}
+    gradients = {}
+    for backend, call in calls.items():
+        call()
+        gradients[backend] = [p.grad for p in steps.model(backend).parameters()]
+    for backend in SPARSE:  # in the first step the mask is fresh, so that gradients are complete
+        torch.testing.assert_close(gradients[backend], gradients["supermask"])
+    kept = steps.model("sparse-kept")[0]
+    calls["sparse-kept"]()
+    assert kept.scores.grad[~kept.frozen_mask].eq(0).all()
+    before = steps.model("sparse")[0].frozen_mask
+    calls["supermask"]()
+    assert steps.model("sparse")[0].frozen_mask is before

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +150,37 @@ def dense_from_bsr(crow: Tensor, col: Tensor, values: Tensor, block_shape: tuple
     blocks = values.new_zeros(*block_shape, b, b)
     blocks[row, col.long()] = values
     return blocks.transpose(1, 2).reshape(block_shape[0] * b, block_shape[1] * b)
+
+
+class BlockPattern(NamedTuple):
+    """Where the stored blocks of a BSR matrix lie, by rows and by columns, for products with it and its transpose.
+
+    All int32. ``transposed_crow`` and ``transposed_col`` are the indices of the transposed matrix, whose k-th block is
+    ``values[order[k]].T``.
+    """
+
+    row: Tensor
+    col: Tensor
+    crow: Tensor
+    transposed_crow: Tensor
+    transposed_col: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, crow: Tensor, col: Tensor, block_cols: int) -> BlockPattern:
+        """The pattern of a matrix of ``block_cols`` columns of blocks; never waits for the device."""
+        rows = torch.arange(len(crow) - 1, device=crow.device, dtype=torch.int32)
+        row = rows.repeat_interleave(crow.diff().long(), output_size=len(col))
+        sorted_col, order = col.sort(stable=True)  # stable, so that rows ascend within a column
+        columns = torch.arange(block_cols + 1, device=col.device, dtype=col.dtype)
+        return cls(row, col, crow, torch.searchsorted(sorted_col, columns, out_int32=True), row[order], order.int())
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, kept: int) -> BlockPattern:
+        """The pattern of a boolean block ``mask`` that is True ``kept`` times; never waits for the device."""
+        block_rows, block_cols = mask.shape
+        # A stable sort and not nonzero(), whose number of results the host would have to wait for.
+        flat = mask.flatten().int().sort(descending=True, stable=True).indices[:kept].int()
+        rows = torch.arange(block_rows + 1, device=mask.device, dtype=torch.int32)
+        crow = torch.searchsorted(flat // block_cols, rows, out_int32=True)
+        return cls.of(crow, flat % block_cols, block_cols)

@@ -101,7 +101,7 @@ def _rows_of_blocks(tensor: Tensor, block_size: int) -> list[Tensor]:
     return parts if whole == len(matrix) else [*parts, matrix[whole:].unsqueeze(0)]
 
 
-def _scale_blocks(tensor: Tensor, factor: Tensor, block_size: int) -> Tensor:
+def scale_blocks(tensor: Tensor, factor: Tensor, block_size: int) -> Tensor:
     """``tensor`` times ``factor``, which has one value a block.
 
     The factors are spread along one row of each row of blocks only, not over all elements: on a CPU, that is four to
@@ -148,6 +148,11 @@ def block_sums(tensor: Tensor, block_size: int) -> Tensor:
     return _sum_blocks(lambda values: values, [tensor], block_size)
 
 
+def block_dots(a: Tensor, b: Tensor, block_size: int) -> Tensor:
+    """Sum of ``a * b`` over each block."""
+    return _sum_blocks(torch.mul, [a, b], block_size)
+
+
 def block_norms(tensor: Tensor, block_size: int) -> Tensor:
     """Euclidean (Frobenius) norm of each block of ``tensor``."""
     return _sum_blocks(torch.square, [tensor], block_size).sqrt()
@@ -177,16 +182,16 @@ class _MultiplyBlocks(torch.autograd.Function):
             grad_factor = factor
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, grad_factor)
         ctx.block_size = block_size
-        return _scale_blocks(weight, factor, block_size)
+        return scale_blocks(weight, factor, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, grad_factor = ctx.saved_tensors
         grad_weight = grad_scores = None
         if ctx.needs_input_grad[0]:
-            grad_weight = grad if grad_factor is None else _scale_blocks(grad, grad_factor, ctx.block_size)
+            grad_weight = grad if grad_factor is None else scale_blocks(grad, grad_factor, ctx.block_size)
         if ctx.needs_input_grad[1]:
-            grad_scores = _sum_blocks(torch.mul, [grad, weight], ctx.block_size)
+            grad_scores = block_dots(grad, weight, ctx.block_size)
         return grad_weight, grad_scores, None, None, None, None
 
 

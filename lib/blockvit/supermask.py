@@ -131,6 +131,10 @@ class _Supermask:
         """The fraction of blocks dropped now: ``sparsity``, or the share of it that ``set_sparsity`` has set."""
         return self.sparsity * self._sparsity_share
 
+    def _set_sparsity_share(self, share: float) -> None:
+        self._sparsity_share = share
+        self._kept.fill_(num_kept(self.num_blocks, self.sparsity_in_force))
+
     @property
     def sharpness_in_force(self) -> float:
         """Of the soft top-k of ``spartan``; see ``set_sharpness``."""
@@ -357,8 +361,7 @@ def set_sparsity(model: nn.Module, share: float) -> None:
     _check_share(share)
     for layer in _distinct_layers(model):
         if layer._sparsity_share != share:
-            layer._sparsity_share = share
-            layer._kept.fill_(num_kept(layer.num_blocks, layer.sparsity_in_force))
+            layer._set_sparsity_share(share)
 
 
 def set_sharpness(model: nn.Module, share: float) -> None:

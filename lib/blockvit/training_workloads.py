@@ -21,11 +21,19 @@ from .attention import expose_projections
 from .bench import Effort, precision_class
 from .clocks import clock_for
 from .results import IMAGES_PER_SECOND, STEP_SECONDS
+from .sparse_training import train_sparse
 from .supermask import METHODS, WITH_SCORES, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
 from .workloads import SCOPES, Variant, measure_group
 
 NAIVE = "naive"
 """The backend whose mask is expanded to the weight's shape and multiplied by it, its gradients left to autograd."""
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "sparse": {"refresh_every": 1, "weight_grad": "dense"},
+    "sparse-kept": {"refresh_every": 1 << 31, "weight_grad": "kept"},
+}
+"""Backends that train through block-sparse products: ``train_sparse`` as it comes, which computes what ``supermask``
+does, and the steps between two refreshes with ``weight_grad="kept"``, when the mask and dropped weights stand still."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -63,7 +71,7 @@ class TrainingStepCase:
         sparsity: of the masks.
         scope: which layers of a model are masked; a key of ``workloads.SCOPES``.
         precision: ``fp32``, ``tf32``, or the type to autocast to. Weights are single precision.
-        backends: ``NAIVE`` and names of ``supermask.METHODS``.
+        backends: ``NAIVE``, and names of ``SPARSE`` and of ``supermask.METHODS``.
         modes: ``"eager"``, ``"compile"``; each variant is run in each.
     """
 
@@ -78,7 +86,7 @@ class TrainingStepCase:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = [NAIVE, *METHODS]
+        known = [NAIVE, *SPARSE, *METHODS]
         if unknown := [name for name in self.backends if name not in known]:
             raise ValueError(f"backends has {unknown}; expected names among {known}")
 
@@ -136,9 +144,10 @@ class _Steps:
     def __init__(self, case: TrainingStepCase, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.device, self.dtype = case, device, dtype
         self.dense = _dense(case).to(device)
-        self.optimizer = torch.optim.AdamW(self.dense.parameters(), lr=0.0, fused=True)
         self.inputs, self.gradient = self._data()
-        self._masked: dict[str, nn.Module] = {}  # no functools.cache: models are to be freed with this object
+        # No functools.cache: models are to be freed with this object.
+        self._masked: dict[str, nn.Module] = {}
+        self._optimizers = {"dense": torch.optim.AdamW(self.dense.parameters(), lr=0.0, fused=True)}
 
     def _data(self) -> tuple[Tensor, Tensor]:
         n, shape = self.case.batch_size, self.case.shape
@@ -153,14 +162,16 @@ class _Steps:
         if backend == "dense":
             return self.dense
         if backend not in self._masked:
-            case, method = self.case, "supermask" if backend == NAIVE else backend
+            case, method = self.case, backend if backend in METHODS else "supermask"
             shared = copy.deepcopy(self.dense, {id(p): p for p in self.dense.parameters()})
             torch.manual_seed(case.seed)  # the same scores for all
             targets = SCOPES[case.scope] if case.shape is None else "*"
             sparsify(shared, case.sparsity, case.block_size, targets=targets, method=method)
-            scores = [layer.scores for layer in supermask_layers(shared).values() if layer.scores is not None]
-            if scores:
-                self.optimizer.add_param_group({"params": scores})
+            optimizer = torch.optim.AdamW(shared.parameters(), lr=0.0, fused=True)
+            optimizer.state = self._optimizers["dense"].state  # one state for the weights that they share
+            self._optimizers[backend] = optimizer
+            if backend in SPARSE:
+                train_sparse(shared, optimizer, **SPARSE[backend])
             self._masked[backend] = _made_naive(shared) if backend == NAIVE else shared
         return self._masked[backend]
 
@@ -170,16 +181,16 @@ class _Steps:
 
     def call(self, backend: str, mode: str) -> Callable[[], Tensor]:
         """A whole step, which returns the forward pass's output."""
-        module = self.model(backend)
+        module, optimizer = self.model(backend), self._optimizers[backend]
         if mode == "compile":
             module = torch.compile(module, fullgraph=True)
 
         def step() -> Tensor:
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             self.inputs.grad = None
             output = self.forward(module)
             output.backward(self.gradient.to(output.dtype))
-            self.optimizer.step()
+            optimizer.step()
             return output.detach()
 
         return step
@@ -187,7 +198,7 @@ class _Steps:
     @torch.no_grad()
     def expected(self, backend: str) -> Tensor:
         """What the forward pass must give: for learned scores, that of the plain implementation."""
-        plain = NAIVE if backend in (*WITH_SCORES, NAIVE) else backend
+        plain = NAIVE if backend in (*WITH_SCORES, *SPARSE, NAIVE) else backend
         return self.forward(self.model(plain))
 
 

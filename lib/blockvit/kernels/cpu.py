@@ -86,6 +86,11 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None
 
 
+@torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
+def _panel_width(block_size: int) -> int:
+    return torch.ops.blockvit.cpu_panel_width(block_size)
+
+
 def _places(crow: Tensor, nnz: int, panels: int) -> Tensor:
     """``(nnz, panels)``: where panel p of stored block i lies. Within a block row it is panel by panel."""
     crow = crow.long()
@@ -150,8 +155,7 @@ class CPU(Backend):
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:
         """``weight``: see ``pack`` above; ``crow`` and ``col``: the indices as they are."""
         crow, col = weight.crow_indices.contiguous(), weight.col_indices.contiguous()
-        width = torch.ops.blockvit.cpu_panel_width(weight.block_size)
-        return {"weight": pack(weight.values, crow, width), "crow": crow, "col": col}
+        return {"weight": pack(weight.values, crow, _panel_width(weight.block_size)), "crow": crow, "col": col}
 
     @staticmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:

@@ -9,10 +9,10 @@ import os
 import torch
 from torch import Tensor
 
-from ...bsr import BSRMatrix
-from ..registry import Backend, register
+from ...bsr import BlockPattern, BSRMatrix
+from ..registry import ACTIVATIONS, Backend, register
 from ..torch_bsr import triton_limits
-from . import packing, parameters
+from . import autograd, packing, parameters
 
 
 @register
@@ -20,8 +20,8 @@ class Triton(Backend):
     """Our block-sparse linear; float32, float16 and bfloat16, block sizes that are powers of two from 16 on.
 
     float32 is multiplied as three products in TF32, which is as accurate, or in TF32 where the user allows that.
-    Differentiable in ``x`` and ``bias``. A NaN or an infinity in ``x`` may reach all outputs of a group of block rows
-    (``packing``), as it reaches all outputs of a dense layer.
+    Differentiable in ``x``, ``bias`` and, once they require a gradient, the layer's ``values``. A NaN or an infinity in
+    ``x`` may reach all outputs of a group of block rows (``packing``), as it reaches all outputs of a dense layer.
     """
 
     name = "triton"
@@ -34,7 +34,7 @@ class Triton(Backend):
         """
         if why := triton_limits("our Triton kernels", dtype, block_size) or _no_triton() or _no_device(device):
             return why
-        importlib.import_module(f"{__name__}.linear")  # which registers the operators
+        importlib.import_module(f"{__name__}.gradients")  # which registers the operators, those of ``linear`` too
         return None
 
     @classmethod
@@ -46,7 +46,8 @@ class Triton(Backend):
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:
         """``crow``, ``col``, ``values`` and, if there are groups, ``rows``: see ``packing.Packed``.
 
-        ``sizes``: an empty tensor ``(padded out, number of blocks, 0)``, which tells these two numbers.
+        ``sizes``: an empty tensor ``(padded out, number of blocks, 0)``, which tells these two numbers. For gradients:
+        ``blocks``, the weight's own values, and the indices of a ``BlockPattern``.
         """
         device, (rows, cols) = weight.values.device, weight.padded_shape
         group = parameters.group(device, rows, cols, weight.block_size, weight.values.dtype, weight.nnz)
@@ -54,30 +55,42 @@ class Triton(Backend):
         tensors = {"crow": packed.crow, "col": packed.col, "values": packed.values.contiguous()}
         if packed.rows is not None:
             tensors["rows"] = packed.rows
-        return {**tensors, "sizes": weight.values.new_empty(rows, weight.nnz, 0)}
+        pattern = BlockPattern.of(weight.crow_indices, weight.col_indices, weight.block_shape[1])
+        indices = {f"pattern_{name}": tensor for name, tensor in pattern._asdict().items()}
+        return {
+            **tensors,
+            "sizes": weight.values.new_empty(rows, weight.nnz, 0),
+            "blocks": weight.values,
+            **indices,
+        }
 
     @staticmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
-        operator = torch.ops.blockvit.triton_linear.default
-        # Autograd registered from Python costs microseconds a call, also where no gradient is asked for. A traced graph
-        # leaves it out by itself.
-        if not torch.compiler.is_compiling():
-            wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-            if not (wanted and torch.is_grad_enabled()):
-                operator = torch.ops.blockvit.triton_linear_no_grad.default
         out_features, nnz, _ = packed["sizes"].shape
-        return operator(
-            x,
-            packed["crow"],
-            packed["col"],
-            packed["values"],
-            packed.get("rows"),
-            bias,
-            out_features,
-            nnz,
-            activation,
-        )
+        weight, blocks = (packed["crow"], packed["col"], packed["values"], packed.get("rows")), packed["blocks"]
+        # Autograd registered from Python costs microseconds a call, also where no gradient is asked for.
+        wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+        if blocks.requires_grad or (wanted and torch.is_grad_enabled()):
+            pattern = BlockPattern(*(packed[f"pattern_{name}"] for name in BlockPattern._fields))
+            grouped = None if blocks.requires_grad else (*weight, out_features, nnz)
+            return ACTIVATIONS[activation](autograd.linear(x, blocks, bias, pattern, grouped))
+        return torch.ops.blockvit.triton_linear.default(x, *weight, bias, out_features, nnz, activation)
+
+    @classmethod
+    def product(cls, x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None) -> Tensor:
+        """See ``Backend.product``; the values are read in place."""
+        return autograd.product(x, values, pattern, bias)
+
+    @classmethod
+    def input_gradient(cls, grad: Tensor, values: Tensor, pattern: BlockPattern) -> Tensor:
+        """See ``Backend.input_gradient``; the values are read in place."""
+        return autograd.input_gradient(grad, values, pattern)
+
+    @classmethod
+    def weight_gradient(cls, grad: Tensor, x: Tensor, pattern: BlockPattern, block_size: int) -> Tensor:
+        """See ``Backend.weight_gradient``."""
+        return autograd.weight_gradient(grad, x, pattern, block_size)
 
 
 def _interpreted() -> bool:

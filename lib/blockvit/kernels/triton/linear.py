@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import tuning
 from . import parameters as tuned
 from .epilogue import INTERPRETED, activate, multiply_add
-from .packing import Packed
 
 MOST_TILES = 65535
 """The second index of a grid ends here (CUDA)."""
@@ -220,28 +219,6 @@ def _fake(x, crow, col, values, rows, bias, out_features, nnz, activation) -> Te
     return x.new_empty(x.shape[0], out_features)
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    *tensors, ctx.out_features, ctx.nnz, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The input of the GELU is computed again instead of being kept. The gradient of x goes through the dense weight.
-    x, crow, col, values, rows, bias = ctx.saved_tensors
-    if ctx.activation is not None:
-        before = torch.ops.blockvit.triton_linear_no_grad(*ctx.saved_tensors, ctx.out_features, ctx.nnz, None)
-        approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-        grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ Packed(crow, col, values, rows).to_dense(ctx.out_features, x.shape[1])
-    if bias is not None and ctx.needs_input_grad[5]:
-        grad_bias = grad.sum(dim=0)
-    return grad_x, None, None, None, None, grad_bias, None, None, None
-
-
-for _name in ("triton_linear", "triton_linear_no_grad"):
-    _library.define(_name + _SIGNATURE)
-    _library.impl(_name, _linear, "CPU" if INTERPRETED else "CUDA")
-    torch.library.register_fake(f"blockvit::{_name}", _fake, lib=_library)
-torch.library.register_autograd("blockvit::triton_linear", _backward, setup_context=_save_inputs, lib=_library)
+_library.define("triton_linear" + _SIGNATURE)
+_library.impl("triton_linear", _linear, "CPU" if INTERPRETED else "CUDA")
+torch.library.register_fake("blockvit::triton_linear", _fake, lib=_library)
