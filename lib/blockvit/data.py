@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
+from .files import save_atomically
 from .models import unknown_name
 
 Channels = tuple[float, float, float]
@@ -181,24 +182,6 @@ def eval_transform(image_size: int) -> v2.Compose:
     """torchvision's reference preset for evaluation: shorter side to S * 256 / 224, central crop to S."""
     shorter = round(image_size * 256 / 224)
     return v2.Compose([v2.PILToTensor(), v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name, then rename: ``path`` holds the old state or the new one, never a part.
-
-    Raises:
-        OSError: the directory cannot be written or is full; ``path`` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digits(image_size: int) -> DataSplits:
