@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_files import room_for
 from torch import nn
 
-from blockvit import data, models, train
+from blockvit import data, models, sparsify, train
 from blockvit.data import DataSplits, ImageTensors
 from blockvit.train import loop, processes
 
@@ -189,6 +189,66 @@ def test_learning_rate_without_warm_up_starts_at_its_peak():
     assert train.learning_rate(replace(TINY, lr_warmup_epochs=0), 0, 4) == TINY.lr
 
 
+def test_sparsity_grows_by_a_cubic_ramp_and_is_whole_at_the_end():
+    recipe = replace(TINY, sparsity_schedule="cubic", sparsity_start=0.2, sparsity_end=0.7, epochs=10)
+    share = [train.sparsity_share(recipe, step, 10) for step in range(101)]
+    assert share[:21] == [0.0] * 21
+    assert share[70:] == [1.0] * 31
+    assert share[45] == pytest.approx(1 - 0.5**3)
+    assert share == sorted(share)
+    assert train.sparsity_share(TINY, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_masks_follow_the_schedule_in_training_and_are_evaluated_as_they_are(ema):
+    recipe = replace(
+        TINY, sparsity_schedule="cubic", sparsity_end=1.0, epochs=2, model_ema=ema, model_ema_steps=1, batch_size=16
+    )
+    model = sparsify(tiny_model(mlp_dim=64), 0.75, 4, targets=("mlp",))
+    layer = model.encoder.layers[0].mlp[0]
+    seen = {"train": [], "eval": []}
+
+    def note(module, args, output):
+        seen["train" if module.training else "eval"].append(module.sparsity_in_force)
+
+    layer.register_forward_hook(note)  # copied with the model, so that of the average notes too
+    run(recipe, model)
+    assert seen["train"] == pytest.approx([0.75 * (1 - (1 - step / 4) ** 3) for step in range(4)])
+    assert seen["eval"] == pytest.approx([0.75 * (1 - 0.5**3), 0.75])
+    assert layer.sparsity_in_force == 0.75
+    assert layer.block_mask().float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_resumed_ramp_goes_on_where_it_was(tmp_path):
+    recipe = replace(TINY, sparsity_schedule="cubic", sparsity_end=0.9, epochs=3)
+
+    def masked():
+        return sparsify(tiny_model(), 0.75, 4, targets=("mlp",))
+
+    whole, _ = run(recipe, masked())
+    model, passes = masked(), []
+
+    def stop_in_the_third_epoch(module, args):
+        passes.extend([1] * module.training)
+        if len(passes) == 4 + 4 + 2:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(stop_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, model, checkpoint=tmp_path / "run.pt")
+    resumed, history = run(recipe, masked(), checkpoint=tmp_path / "run.pt")
+    assert same_weights(whole, resumed)
+    assert len(history.epochs) == 3
+
+
+def test_spartan_layers_are_sharpened_over_four_fifths_of_the_training():
+    model = sparsify(tiny_model(), 0.75, 4, targets=("mlp",), method="spartan")
+    layer, shares = model.encoder.layers[0].mlp[0], []
+    layer.register_forward_hook(lambda module, *args: shares.extend([module._sharpness_share] * module.training))
+    run(replace(TINY, epochs=5, batch_size=32), model)
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+
+
 class WithScores(nn.Module):
     """A model with supermask-like scores that take part in the result, and a frozen parameter."""
 
@@ -258,7 +318,7 @@ def test_ema_is_a_copy_in_warm_up_and_an_average_after():
     def average_of(weight, warming_up):
         nn.init.constant_(model.weight, weight)
         trainer.update_ema(warming_up)
-        return trainer.averaged.weight.item()
+        return trainer.averaged(after=1).weight.item()
 
     assert average_of(1.0, True) == 1.0
     assert average_of(2.0, True) == 2.0
@@ -490,6 +550,15 @@ def test_full_disk_leaves_the_old_checkpoint(finished):
         ({"auto_augment": "aa"}, "auto_augment is 'aa'; expected 'ra' or None"),
         ({"ra_magnitude": 31}, "ra_magnitude is 31; expected 0 to 30"),
         ({"amp_dtype": "fp8"}, "amp_dtype is 'fp8'; expected 'bf16' or 'fp16'"),
+        ({"ra_reps": 0}, "ra_reps is 0; expected at least 1"),
+        ({"val_crop_size": 0}, "val_crop_size is 0; expected at least 1"),
+        (
+            {"val_crop_size": 64, "val_resize_size": 32},
+            r"val_resize_size is 32; expected at least val_crop_size \(64\)",
+        ),
+        ({"sparsity_schedule": "linear"}, "sparsity_schedule is 'linear'; expected 'constant' or 'cubic'"),
+        ({"sparsity_start": 1.0}, r"sparsity_start is 1.0; expected a fraction of the epochs in \[0, 1\)"),
+        ({"sparsity_start": 0.6}, r"sparsity_end is 0.5; .* in \(sparsity_start, 1\], that is \(0.6, 1\]"),
     ],
 )
 def test_recipe_values_out_of_range(changes, message):
@@ -497,9 +566,21 @@ def test_recipe_values_out_of_range(changes, message):
         replace(TINY, **changes)
 
 
+def test_the_imagenet_recipe_is_torchvisions():
+    """references/classification/README.md, vit_b_16: eight processes with --batch-size 512."""
+    recipe = train.recipe_for("imagenet")
+    command = """--epochs 300 --lr 0.003 --weight-decay 0.3 --lr-warmup-epochs 30 --lr-warmup-decay 0.033
+        --label-smoothing 0.11 --mixup-alpha 0.2 --auto-augment ra --clip-grad-norm 1 --cutmix-alpha 1.0"""
+    for field, value in (pair.split() for pair in command.strip().removeprefix("--").split(" --")):
+        assert str(getattr(recipe, field.replace("-", "_"))).removesuffix(".0") == value.removesuffix(".0")
+    assert all((recipe.amp, recipe.ra_sampler, recipe.model_ema))
+    defaults = {"lr_min": 0.0, "model_ema_steps": 32, "model_ema_decay": 0.99998, "ra_magnitude": 9, "ra_reps": 3}
+    sizes = {"batch_size": 8 * 512, "train_crop_size": 224, "val_resize_size": 256, "val_crop_size": 224}
+    for field, value in (defaults | sizes).items():
+        assert getattr(recipe, field) == value
+
+
 def test_recipes():
-    imagenet = train.recipe_for("imagenet")
-    assert (imagenet.epochs, imagenet.lr, imagenet.weight_decay, imagenet.label_smoothing) == (300, 0.003, 0.3, 0.11)
     assert train.recipe_for("digits", seed=3) == replace(train.recipe_for("digits"), seed=3)
     with pytest.raises(ValueError, match=r"unknown recipe 'cifar' \(did you mean 'cifar10'\?\)"):
         train.recipe_for("cifar")

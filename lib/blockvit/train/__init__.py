@@ -4,7 +4,8 @@
     loop.py       fit and evaluate
     batches.py    which pictures a step sees, and what chance does to them
     augment.py    augmentation of small pictures, in batches where they lie
-    optimizer.py  parameter groups, learning rate, moving average
+    optimizer.py  parameter groups, moving average
+    schedule.py   learning rate and sparsity, step by step
     processes.py  one process, or several through Accelerate
     resume.py     checkpoints
     launch.py     several processes, started from a notebook
@@ -18,9 +19,10 @@ after each epoch, needs no generator states.
 
 from .batches import epoch_order
 from .loop import History, NonFiniteLossError, evaluate, fit
-from .optimizer import ema_decay, learning_rate, parameter_groups
+from .optimizer import ema_decay, parameter_groups
 from .recipe import RECIPES, Recipe, recipe_for
 from .resume import CheckpointError
+from .schedule import learning_rate, sparsity_share
 
 __all__ = [
     "RECIPES",
@@ -35,4 +37,5 @@ __all__ = [
     "learning_rate",
     "parameter_groups",
     "recipe_for",
+    "sparsity_share",
 ]

@@ -21,9 +21,10 @@ from ..data import DataSplits, Images, ImageTensors, normalize, train_transform
 from ..files import save_atomically
 from . import resume as checkpoints
 from .batches import Batch, Chance, accumulation, batches, epoch_order, seed_of, steps_per_epoch
-from .optimizer import ema_decay, learning_rate, parameter_groups
+from .optimizer import ema_decay, parameter_groups
 from .processes import Alone, join
 from .recipe import Recipe
+from .schedule import MaskSchedule, learning_rate
 
 LOSS_CHECK_STEPS = 16  # looking at the loss waits for the GPU, and for the other processes, so not at every step
 
@@ -149,7 +150,8 @@ def fit(
             parts = batches(train, len(data.classes), recipe, epoch, processes, accumulate, num_workers)
             record = {"epoch": epoch + 1, **trainer.train_epoch(epoch, parts, bar)}
             if (epoch + 1) % eval_every == 0 or epoch + 1 == recipe.epochs:
-                result = evaluate(trainer.averaged, test, num_workers=num_workers, processes=processes)
+                averaged = trainer.averaged(after=epoch + 1)
+                result = evaluate(averaged, test, num_workers=num_workers, processes=processes)
                 record |= {"test_loss": result["loss"], "test_top1": result["top1"]}
             record["seconds"] = time.perf_counter() - started
             history.epochs.append(record)
@@ -209,6 +211,7 @@ class _Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
+    masks: MaskSchedule
 
     @classmethod
     def make(
@@ -228,7 +231,8 @@ class _Trainer:
         average = get_ema_multi_avg_fn(ema_decay(recipe))
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.model_ema else None
         steps = steps_per_epoch(pictures, recipe)
-        return cls(model, forward, recipe, processes, pictures, steps, accumulate, optimizer, scaler, ema)
+        masks = MaskSchedule(model, recipe, steps)
+        return cls(model, forward, recipe, processes, pictures, steps, accumulate, optimizer, scaler, ema, masks)
 
     def train_epoch(self, epoch: int, parts: Iterable[Batch], bar: tqdm) -> dict[str, Any]:
         """Train on ``parts``, ``accumulate`` for each step; returns the epoch's record, without the evaluation."""
@@ -260,6 +264,7 @@ class _Trainer:
         recipe, loss = self.recipe, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step) * group["peak_lr"] / recipe.lr
+        self.masks.apply(self.model, step)
         self.optimizer.zero_grad()
         for left in reversed(range(self.accumulate)):
             images, labels = next(parts)
@@ -318,15 +323,16 @@ class _Trainer:
             pictures,
         )
 
-    @property
-    def averaged(self) -> nn.Module:
-        """The model to evaluate."""
-        return self.model if self.ema is None else self.ema.module
+    def averaged(self, after: int) -> nn.Module:
+        """The model to evaluate after so many epochs."""
+        model = self.model if self.ema is None else self.ema.module
+        self.masks.apply(model, after * self.steps)
+        return model
 
     def hand_over(self) -> None:
-        """Put the averaged weights into the caller's model."""
-        if self.ema is not None:
-            self.model.load_state_dict(self.ema.module.state_dict())
+        """Put the averaged weights into the caller's model, its masks as at the end."""
+        self.model.load_state_dict(self.averaged(after=self.recipe.epochs).state_dict())
+        self.masks.apply(self.model, self.recipe.epochs * self.steps)
 
     def parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}

@@ -1,8 +1,7 @@
-"""AdamW's side of the recipe: which parameters it decays how, its learning rate, and the moving average of weights."""
+"""AdamW's groups of parameters, and the moving average of what it makes of them."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,15 +10,6 @@ from .recipe import Recipe
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 EMBEDDINGS = ("class_token", "pos_embedding")  # torchvision's names
-
-
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0 over the whole run: linear warm-up, then a cosine to ``lr_min``."""
-    warmup = recipe.lr_warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return recipe.lr * (recipe.lr_warmup_decay + (1 - recipe.lr_warmup_decay) * step / warmup)
-    done = (step - warmup) / (recipe.epochs * steps_per_epoch - warmup)
-    return recipe.lr_min + (recipe.lr - recipe.lr_min) * (1 + math.cos(math.pi * done)) / 2
 
 
 def ema_decay(recipe: Recipe) -> float:
