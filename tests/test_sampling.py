@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from blockvit import sampling
-from blockvit.sampling import OrderSampler, RepeatedAugSampler
+from blockvit.sampling import DrawnPictures, OrderSampler, RepeatedAugSampler
 
 SAMPLERS = pytest.mark.parametrize("sampler", [OrderSampler, RepeatedAugSampler])
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -110,6 +112,38 @@ def test_each_selected_picture_comes_repeats_times_on_as_many_processes(repeats)
     assert {count for _, count in whole} <= {repeats} and last[1] == (1024 % repeats or repeats)
     where = [{rank for rank, share in enumerate(shares) if index in {d.index for d in share}} for index, _ in whole]
     assert {len(on) for on in where} == {repeats}
+
+
+class Noise(Dataset):
+    """Each picture is its index and a number drawn by its augmentation."""
+
+    def __getitem__(self, index):
+        return index, torch.rand(())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_depends_on_neither_processes_nor_workers(world_size, num_workers):
+    def epoch(world_size, num_workers):
+        batches = []
+        for rank in range(world_size):
+            sampler = RepeatedAugSampler(48, rank=rank, world_size=world_size)
+            loader = DataLoader(
+                DrawnPictures(Noise()), 24 // world_size, sampler=sampler, drop_last=True, num_workers=num_workers
+            )
+            batches.append([list(zip(*(part.tolist() for part in batch), strict=True)) for batch in loader])
+        return [sorted(chain(*parts)) for parts in zip(*batches, strict=True)]
+
+    expected = epoch(1, 0)
+    assert epoch(world_size, num_workers) == expected
+    drawn = [number for batch in expected for _, number in batch]
+    assert len(set(drawn)) == 48 and len({index for batch in expected for index, _ in batch}) == 16
+
+
+def test_an_augmentation_leaves_no_trace_in_the_random_state():
+    before = torch.get_rng_state()
+    DrawnPictures(Noise())[sampling.Draw(3, 4)]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_small_set_is_taken_whole():

@@ -3,18 +3,24 @@
 An epoch is one list of positions, the same for any number of processes: process r of W takes the positions r, r + W,
 r + 2W, ... So the k-th batches of all processes together are the k-th batch of a single process that takes W times as
 many pictures a step, and no position is taken twice. Each position brings the seed of its own augmentation, so that
-what is drawn depends neither on the number of processes nor on that of data-loading workers.
+what is drawn depends neither on the number of processes nor on that of data-loading workers:
+
+    sampler = RepeatedAugSampler(len(images), seed=0, rank=rank, world_size=world_size)
+    loader = DataLoader(DrawnPictures(images), batch_size // world_size, sampler=sampler, drop_last=True, ...)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        for pictures, labels in loader: ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 RA_LENGTH_MULTIPLE = 256  # the reference cuts an epoch with repeats to a multiple of this
 
@@ -112,6 +118,18 @@ class RepeatedAugSampler(OrderSampler):
         length = self._epoch_length()
         pictures = super()._order(generator)[: -(-length // self.repeats)]
         return pictures.repeat_interleave(self.repeats)[:length]
+
+
+class DrawnPictures(Dataset):
+    """Pictures asked for by ``Draw``: what their transforms draw from torch's CPU generator comes from its seed."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, draw: Draw) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(draw.seed)
+            return self.images[draw.index]
 
 
 def eval_indices(num_pictures: int, *, rank: int = 0, world_size: int = 1) -> range:

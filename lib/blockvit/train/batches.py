@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import islice
@@ -18,11 +17,11 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..data import ImageFiles, Images, ImageTensors, normalize
-from ..sampling import Draw, OrderSampler, RepeatedAugSampler
+from ..sampling import Draw, DrawnPictures, OrderSampler, RepeatedAugSampler
 from .augment import Draws, augment
 from .processes import Alone
 from .recipe import Recipe
@@ -172,18 +171,11 @@ def batches(
 def _mixed(pictures: Tensor, labels: Tensor, part: Pass, mix: nn.Module, when: tuple[int, ...]) -> Batch:
     mixed = []
     for piece in part.pieces:
-        with seeded(seed_of(Chance.MIXING, *when, piece.group)):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(Chance.MIXING, *when, piece.group))
             both = mix(pictures[piece.rows], labels[piece.rows])
         mixed.append([kept[1:] for kept in both] if piece.borrowed else both)
     return tuple(torch.cat(kept) for kept in zip(*mixed, strict=True))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draws of the CPU's default generator in here come from ``seed``; then it goes on as if there had been none."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _held(images: ImageTensors, own: list[Pass], recipe: Recipe, epoch: int) -> Iterator[Batch]:
@@ -203,17 +195,6 @@ def _held(images: ImageTensors, own: list[Pass], recipe: Recipe, epoch: int) -> 
         yield from zip(pictures.split(sizes), labels.split(sizes), strict=True)
 
 
-class _Drawn(Dataset):
-    """Pictures whose transforms draw from the seed that comes with the index."""
-
-    def __init__(self, images: ImageFiles) -> None:
-        self.images = images
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
-        with seeded(draw.seed):
-            return self.images[draw.index]
-
-
 def _decoded(
     images: ImageFiles, own: list[Pass], recipe: Recipe, epoch: int, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
@@ -227,7 +208,7 @@ def _decoded(
                 yield [batch[row] for row in part.rows.tolist()]
 
     loader: Iterable[Batch] = DataLoader(
-        _Drawn(images), batch_sampler=draws(), num_workers=num_workers, pin_memory=device.type == "cuda"
+        DrawnPictures(images), batch_sampler=draws(), num_workers=num_workers, pin_memory=device.type == "cuda"
     )
     for pictures, labels in loader:
         pictures, labels = (part.to(device, non_blocking=True) for part in (pictures, labels))

@@ -17,8 +17,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data import DataSplits, Images, ImageTensors, normalize, train_transform
+from ..data import (
+    DAMAGED,
+    DataSplits,
+    Images,
+    ImageTensors,
+    eval_transform,
+    normalize,
+    train_transform,
+    warn_of_damage,
+)
 from ..files import save_atomically
+from ..sampling import eval_indices
 from . import resume as checkpoints
 from .batches import Batch, Chance, accumulation, batches, epoch_order, seed_of, steps_per_epoch
 from .optimizer import ema_decay, parameter_groups
@@ -133,7 +143,7 @@ def fit(
         if saved is not None:
             trainer.load_state_dict(saved["state"])
             history = History(saved["history"])
-    train, test = (_placed(split, processes.device) for split in (_for_training(data, recipe), data.test))
+    train, test = (_placed(split, processes.device) for split in _prepared(data, recipe))
     first, steps = len(history.epochs), trainer.steps
     bar = tqdm(
         total=recipe.epochs * steps,
@@ -149,6 +159,7 @@ def fit(
             torch.manual_seed(seed_of(Chance.MODEL, recipe.seed, epoch, processes.rank))  # dropout
             parts = batches(train, len(data.classes), recipe, epoch, processes, accumulate, num_workers)
             record = {"epoch": epoch + 1, **trainer.train_epoch(epoch, parts, bar)}
+            _tell_damage(train, processes)
             if (epoch + 1) % eval_every == 0 or epoch + 1 == recipe.epochs:
                 averaged = trainer.averaged(after=epoch + 1)
                 result = evaluate(averaged, test, num_workers=num_workers, processes=processes)
@@ -172,11 +183,16 @@ def evaluate(
     num_workers: int = 0,
     processes: Alone | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy and accuracy of ``model`` on all ``images``: ``{"loss": mean, "top1": fraction in [0, 1]}``.
+    """Cross-entropy and accuracy of ``model`` on ``images``: ``{"loss": mean, "top1": fraction in [0, 1], ...}``.
 
     The model is moved to ``device``, evaluated in eval mode, and put back into the mode that it was in. Several
     ``processes`` evaluate a part each, on their own devices, and every picture counts once, also where their number
     does not divide that of the pictures; without them this process evaluates all.
+
+    Loss and accuracy are of the pictures that can be decoded; ``damaged`` counts the others, and a warning tells which.
+
+    Raises:
+        ValueError: there is no picture, or none that can be decoded.
     """
     if len(images) == 0:
         raise ValueError("there are no pictures to evaluate on; expected at least one")
@@ -185,16 +201,19 @@ def evaluate(
     was_training = model.training
     model.to(device).eval()
     sums = torch.zeros(3, device=device)  # of losses, of correct answers, of pictures
-    part = _part(images, processes.rank, processes.count)
-    for batch, labels in _in_order(_placed(part, device), batch_size, num_workers):
+    part = eval_indices(len(images), rank=processes.rank, world_size=processes.count)
+    for batch, labels in _in_order(_placed(images, device), part, batch_size, num_workers):
         labels = labels.to(device, non_blocking=True)
         logits = model(normalize(batch.to(device, non_blocking=True), images.mean, images.std)).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=DAMAGED)
         sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += len(labels)
+        sums[2] += (labels != DAMAGED).sum()
     model.train(was_training)
+    _tell_damage(images, processes)
     loss, correct, count = processes.sum(sums).tolist()
-    return {"loss": loss / count, "top1": correct / count}
+    if count == 0:
+        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
+    return {"loss": loss / count, "top1": correct / count, "damaged": len(images) - int(count)}
 
 
 @dataclass
@@ -331,8 +350,9 @@ class _Trainer:
 
     def hand_over(self) -> None:
         """Put the averaged weights into the caller's model, its masks as at the end."""
-        self.model.load_state_dict(self.averaged(after=self.recipe.epochs).state_dict())
         self.masks.apply(self.model, self.recipe.epochs * self.steps)
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
 
     def parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
@@ -360,30 +380,43 @@ class _Timed(Iterator[Batch]):
             self.seconds += time.perf_counter() - started
 
 
-def _in_order(images: Images, batch_size: int, num_workers: int) -> Iterable[Batch]:
+def _in_order(images: Images, indices: range, batch_size: int, num_workers: int) -> Iterable[Batch]:
+    """Batches of the pictures at ``indices``; uint8."""
     if isinstance(images, ImageTensors):
-        return zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True)
-    return DataLoader(images, batch_size, num_workers=num_workers)
-
-
-def _part(images: Images, rank: int, count: int) -> Images:
-    """Every ``count``-th picture, from ``rank`` on."""
-    if isinstance(images, ImageTensors):
-        return replace(images, images=images.images[rank::count], labels=images.labels[rank::count])
-    return replace(images, samples=images.samples[rank::count])
+        starts = range(0, len(indices), batch_size)
+        return (images[part.start : part.stop : part.step] for part in (indices[i : i + batch_size] for i in starts))
+    return DataLoader(replace(images, substitute=False), batch_size, sampler=indices, num_workers=num_workers)
 
 
 def _placed(images: Images, device: torch.device) -> Images:
     return images.to(device) if isinstance(images, ImageTensors) else images
 
 
-def _for_training(data: DataSplits, recipe: Recipe) -> Images:
-    if isinstance(data.train, ImageTensors):
-        return data.train  # augmented in batches
-    transform = train_transform(
-        data.image_size, hflip=recipe.hflip, auto_augment=recipe.auto_augment, ra_magnitude=recipe.ra_magnitude
-    )
-    return replace(data.train, transform=transform)
+def _prepared(data: DataSplits, recipe: Recipe) -> tuple[Images, Images]:
+    """Both splits, those from files with the recipe's transforms; those in memory are augmented in batches."""
+    train, test = data.train, data.test
+    if not isinstance(train, ImageTensors):
+        transform = train_transform(
+            recipe.train_crop_size or data.image_size,
+            hflip=recipe.hflip,
+            auto_augment=recipe.auto_augment,
+            ra_magnitude=recipe.ra_magnitude,
+        )
+        train = replace(train, transform=transform)
+    if not isinstance(test, ImageTensors):
+        crop_size = recipe.val_crop_size or data.image_size
+        test = replace(test, transform=eval_transform(crop_size, recipe.val_resize_size))
+    return train, test
+
+
+def _tell_damage(images: Images, processes: Alone) -> None:
+    """Let the main process warn of the pictures that any process could not decode."""
+    if isinstance(images, ImageTensors):
+        return
+    anywhere = processes.sum(images.damaged.to(processes.device, torch.int32)) > 0
+    images.damaged.copy_(anywhere)
+    if processes.is_main:
+        warn_of_damage(images)
 
 
 def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: int) -> None:
