@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +94,7 @@ def fit(
     num_workers: int = 0,
     accumulate: int | None = None,
     compile: bool | str = False,
+    on_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -121,6 +122,7 @@ def fit(
         accumulate: forward passes that each process cuts its part of a batch into, to save memory; None: as many as
             hold at most ``batches.LARGEST_PASS`` pictures each.
         compile: train through ``torch.compile``; a string is its mode, e.g. ``"reduce-overhead"``.
+        on_epoch: called after each epoch, in the main process, when its checkpoint is written.
 
     Raises:
         ValueError: ``eval_every`` below 1, fewer training pictures than a batch, a batch that cannot be cut into equal
@@ -169,6 +171,8 @@ def fit(
             if path:
                 state = {"identity": identity, "state": trainer.state_dict(), "history": history.epochs}
                 processes.on_main(lambda state=state: save_atomically(state, path))
+            if on_epoch and processes.is_main:
+                on_epoch(history)
     trainer.hand_over()
     return history
 
@@ -437,13 +441,19 @@ def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: i
 
 
 def _check_together(processes: Alone, identity: dict[str, Any]) -> None:
-    """Raise ``ValueError`` in a process that was asked to train something else than the main one."""
+    """Raise ``ValueError`` in every process if one was asked to train something else than the main one."""
     found = checkpoints.difference(processes.on_main(lambda: identity), identity)
+    others = processes.sum(torch.tensor(int(found is not None), device=processes.device))
     if found is not None:
         what, there, here = found
         raise ValueError(
             f"process {processes.rank} of {processes.count} was started for another run than the main process: {what} "
             f"is {there!r} there and {here!r} here; start all with the same arguments and the same data"
+        )
+    if others > 0:
+        raise ValueError(
+            f"{int(others)} of {processes.count} processes were started for another run than the main process; their "
+            "own errors say in what they differ"
         )
 
 
