@@ -212,16 +212,13 @@ def report(history: History, recipe: Recipe, curve: Path) -> None:
 
 
 def export(model: nn.Module, path: Path, block_size: int) -> None:
-    """Fold ``model`` and write it: block-sparse for ``blockvit.load``, or as it is if it has no zero blocks."""
+    """Write ``model``, its masks folded: block-sparse for ``blockvit.load``, or if it has none its plain state dict."""
     model.cpu().eval()
     if supermask_layers(model):
-        fold(model)
-    try:
-        to_block_sparse(model, block_size, backend="torch")
-    except ValueError:  # no block of zeros
-        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
-    else:
+        to_block_sparse(fold(model), block_size, backend="torch")
         checkpoint.save(model, path)
+    else:
+        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
 
 
 def _workers(processes: int) -> int:

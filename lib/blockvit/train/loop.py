@@ -236,6 +236,9 @@ class _Trainer:
     ema: AveragedModel | None
     masks: MaskSchedule
 
+    def __post_init__(self) -> None:
+        self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     @classmethod
     def make(
         cls,
@@ -299,7 +302,7 @@ class _Trainer:
             loss = loss + part.detach()
         if recipe.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.trainable, recipe.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None and step % recipe.model_ema_steps == 0:
