@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,8 +112,12 @@ Images = ImageTensors | ImageFiles
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """From uint8 ``(N, 3, S, S)`` to floats with zero mean and unit variance over the data set, on the same device."""
-    offset, scale = (torch.tensor(c, device=images.device).view(3, 1, 1) * 255 for c in (mean, std))
-    return (images - offset) / scale
+    return (images - _of_channels(mean, images.device)) / _of_channels(std, images.device)
+
+
+@lru_cache(maxsize=32)  # because making a tensor on a GPU waits for all that was launched there
+def _of_channels(values: Channels, device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1) * 255
 
 
 def damage_report(images: ImageFiles) -> str | None:
