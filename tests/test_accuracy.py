@@ -57,6 +57,14 @@ def test_build_is_seeded_and_masks_its_targets():
     assert not supermask_layers(GRID[0].build())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quiet_machine():
+    """As on a machine that runs nothing else, where the time of a training is worth a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "busy_note", list)
+        yield
+
+
 class Trained:
     """A grid trained once; tests that train more use folders of their own."""
 
@@ -181,6 +189,15 @@ def test_a_spent_budget_leaves_the_rest(trained, monkeypatch, tmp_path):
     assert store.read("accuracy").query("metric == 'top1'").shape[0] == report.measured
     report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE)
     assert report.left == 0 and store.read("accuracy").query("metric == 'top1'").shape[0] == 2
+
+
+def test_times_taken_beside_other_processes_are_not_written(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "busy_note", lambda: ["other processes held 50% of the cores"])
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    store = Store(tmp_path)
+    report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE)
+    assert set(store.read("accuracy")["metric"]) == {"top1"}
+    assert "50% of the cores" in str(report)
 
 
 def test_masks(trained):

@@ -110,6 +110,7 @@ def train_cell(
     """
     folder = Path(checkpoints)
     splits = data.load(cell.dataset, data_root, download=True, cache_dir=folder.parent / "datasets")
+    where = {"dataset": data.label(cell.dataset, data_root)}
     model = cell.build()
     how, described = _recipe(cell, recipe)
     history = fit(
@@ -123,14 +124,14 @@ def train_cell(
     )
     found = {"top1": (100 * history.top1, "%"), "train_seconds": (history.seconds, "s")}
     rows = [
-        {**cell.key(metric=metric, unit=unit), "value": value, "repeats": 1, "experiment": "accuracy"}
+        {**cell.key(metric=metric, unit=unit, **where), "value": value, "repeats": 1, "experiment": "accuracy"}
         for metric, (value, unit) in found.items()
     ]
     for record in history.epochs:
         curve = {"train_loss": (record["train_loss"], "nat"), "top1": (record["test_top1"], "%")}
         rows += [
             {
-                **cell.key(epoch=record["epoch"], metric=metric, unit=unit),
+                **cell.key(epoch=record["epoch"], metric=metric, unit=unit, **where),
                 "value": 100 * value if unit == "%" else value,
                 "experiment": "training",
             }
@@ -196,14 +197,17 @@ def run(
     done = results.Measured.none() if remeasure else store.measured("accuracy", where["device"])
 
     def is_done(cell: AccuracyCell) -> bool:
-        key = cell.key(metric="top1", recipe=_recipe(cell, recipe)[1])
+        label = data.label(cell.dataset, data_root)
+        key = cell.key(dataset=label, metric="top1", recipe=_recipe(cell, recipe)[1])
         return {**where, "threads": threads, "experiment": "accuracy", **key} in done
 
     pending = [cell for cell in grid if not is_done(cell)]
     if remeasure:
         for cell in pending:
             _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
-    report = bench.SweepReport(kept=len(grid) - len(pending), what="trainings")
+    report = bench.SweepReport(
+        kept=len(grid) - len(pending), what="trainings", notes=bench.busy_note() if pending else []
+    )
     start = time.perf_counter()
     work = partial(
         _train_and_report, checkpoints=str(checkpoints), data_root=data_root, recipe=dict(recipe or {}), device=device
@@ -211,6 +215,8 @@ def run(
     finished = map_cells(work, pending, workers) if threads else ((cell, work(cell)) for cell in pending)
     for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
         group = results.new_group()
+        # Beside other processes a training takes longer than it would: what it took then is no property of the cell.
+        rows = [row for row in rows if row["metric"] != "train_seconds" or not report.notes]
         store.append({**environment, "group": group, **row} for row in rows)
         report.measured += 1
         if budget_s is not None and time.perf_counter() - start >= budget_s:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from .models import unknown_name
@@ -30,6 +31,9 @@ EVAL_FOLDERS = ("test", "val")
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)", "imagenet": "ImageNet"}
+"""How prose and figures call a label, see ``label``; others are called by it."""
 
 DIGITS_TEST_SIZE = 360
 DIGITS_SPLIT_SEED = 0  # a constant: every seed of every study is tested on the same pictures
@@ -157,6 +161,18 @@ def load(
     if name == "cifar10":
         return _cifar10(root, image_size or 32, download, cache_dir)
     return _folder(name, root, image_size or 224)
+
+
+def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
+    """What tables call a data set: ``name``, or ``cifar10-jpeg`` where ``root`` holds CIFAR-10 as JPEG files.
+
+    JPEG loses some of the original's detail, so accuracies on it are those of another data set.
+    """
+    if name != "cifar10" or root is None:
+        return name
+    pictures = (Path(root).expanduser() / "train").glob("*/*")
+    first = next((path for path in pictures if path.suffix.lower() in IMG_EXTENSIONS), None)
+    return f"{name}-jpeg" if first is not None and first.suffix.lower() in (".jpg", ".jpeg") else name
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
