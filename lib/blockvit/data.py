@@ -32,9 +32,6 @@ EVAL_FOLDERS = ("test", "val")
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)", "imagenet": "ImageNet"}
-"""How prose and figures call a label, see ``label``; others are called by it."""
-
 DIGITS_TEST_SIZE = 360
 DIGITS_SPLIT_SEED = 0  # a constant: every seed of every study is tested on the same pictures
 

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 KEYS = [
-    "experiment",  # linear | vit | accuracy | training | ceiling | conversion
+    "experiment",  # linear | vit | accuracy | training | masks | ceiling | conversion
     "device",  # the processor's name, with its number of cores if a CPU
     "threads",  # CPU threads used; empty on a GPU
     "torch",

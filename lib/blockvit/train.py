@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -227,6 +227,7 @@ def fit(
     eval_every: int = 1,
     progress: bool = True,
     num_workers: int = 0,
+    stop: Callable[[History], bool] | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -245,6 +246,8 @@ def fit(
         eval_every: evaluate after every so many epochs, and after the last.
         progress: show a progress bar.
         num_workers: processes that decode ``ImageFiles``.
+        stop: asked before each epoch; training ends there once it returns True. The history is then shorter than the
+            recipe, and a later call goes on from ``checkpoint``.
 
     Raises:
         ValueError: ``eval_every`` below 1, fewer training pictures than a batch, or a model of other classes.
@@ -271,6 +274,8 @@ def fit(
     )
     with torch.random.fork_rng(_cuda_devices(device)), bar:
         for epoch in range(first, recipe.epochs):
+            if stop is not None and stop(history):
+                break
             started = time.perf_counter()
             torch.manual_seed(_epoch_seed(recipe.seed, epoch))
             train_loss = trainer.train_epoch(epoch, _batches(train, recipe, device, num_workers), bar)
