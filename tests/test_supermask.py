@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import blockvit
-from blockvit.supermask import SupermaskConv2d, SupermaskLinear, block_mask, num_kept, sparsify, supermask_layers
+from blockvit.masks import block_mask, block_means, block_norms, num_kept, soft_top_k
+from blockvit.supermask import (
+    METHODS,
+    SupermaskConv2d,
+    SupermaskLinear,
+    cubic_sparsity,
+    set_sharpness,
+    set_sparsity,
+    sparsify,
+    supermask_layers,
+)
 
 sparsities = st.one_of(st.floats(0, 0.999), st.sampled_from([0.0, 0.5, 0.7, 0.9, 0.99]))
 
@@ -179,18 +190,321 @@ def test_scores_follow_the_weights_dtype_and_device(dtype):
     assert meta.scores.device.type == "meta"
 
 
-def test_compiled_masked_layer_gives_the_same():
-    layer = SupermaskLinear(20, 12, sparsity=0.7, block_size=8)
-    x = torch.randn(3, 20)
-    expected = layer(x)
-    expected.square().sum().backward()
-    gradients = [p.grad.clone() for p in layer.parameters()]
+def step_of(layer, forward, x) -> list[torch.Tensor]:
     layer.zero_grad()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    compiled.square().sum().backward()
-    torch.testing.assert_close(compiled, expected)
-    for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+    y = forward(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_training_step_equals_eager_and_is_compiled_once(method):
+    torch.manual_seed(0)
+    layer = SupermaskLinear(36, 28, sparsity=0.7, block_size=8, method=method)
+    x = torch.randn(3, 36)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(layer.parameters(), 2.0)  # large enough a step to exchange blocks
+    masks = []
+    for share in (1.0, 0.25, 0.5, 0.0, 1.0):
+        set_sparsity(layer, share)
+        set_sharpness(layer, share)
+        expected = step_of(layer, layer, x)
+        with torch._dynamo.config.patch(error_on_recompile=bool(masks)):
+            torch.testing.assert_close(step_of(layer, compiled, x), expected)
+        optimizer.step()
+        masks.append(layer.block_mask())
+    assert not torch.equal(masks[0], masks[-1])
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def method_layer(method: str, **arguments) -> SupermaskLinear:
+    torch.manual_seed(0)
+    settings = {"sparsity": 0.7, "block_size": 4, "dtype": torch.float64} | arguments
+    return SupermaskLinear(22, 18, method=method, **settings)
+
+
+def gradient_at_the_effective_weight(layer, x, grad_y) -> torch.Tensor:
+    return grad_y.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def blocks(layer):
+    b = layer.block_size
+    for i in range(-(-layer.weight.shape[0] // b)):
+        for j in range(-(-layer.weight.shape[1] // b)):
+            yield (i, j), (slice(i * b, (i + 1) * b), slice(j * b, (j + 1) * b))
+
+
+@pytest.mark.parametrize("method", ["dense_gradient", "magnitude"])
+def test_dense_gradient_reaches_the_weights_of_dropped_blocks(method):
+    layer = method_layer(method)
+    x, grad_y = torch.randn(7, 22, dtype=torch.float64), torch.randn(7, 18, dtype=torch.float64)
+    y = layer(x)
+    y.backward(grad_y)
+    mask = reference_expand(layer.block_mask(), 4, layer.weight.shape)
+    torch.testing.assert_close(y, F.linear(x, layer.weight * mask, layer.bias))
+    dense = gradient_at_the_effective_weight(layer, x, grad_y)
+    torch.testing.assert_close(layer.weight.grad, dense)
+    if method == "dense_gradient":
+        for index, block in blocks(layer):
+            torch.testing.assert_close(layer.scores.grad[index], (dense * layer.weight.detach())[block].sum())
+
+
+def test_magnitude_keeps_the_blocks_of_largest_norm_as_the_weights_change():
+    layer = method_layer("magnitude")
+    assert layer.scores is None and set(layer.state_dict()) == {"weight", "bias"}
+    norms = {index: float(layer.weight[block].detach().norm()) for index, block in blocks(layer)}
+    kept = sorted(norms, key=norms.get)[-num_kept(len(norms), 0.7) :]
+    assert {tuple(index) for index in layer.block_mask().nonzero().tolist()} == set(kept)
+    for index, norm in norms.items():
+        torch.testing.assert_close(float(layer.block_scores()[index]), norm)
+    dropped = next(block for index, block in blocks(layer) if index not in kept)
+    with torch.no_grad():
+        layer.weight[dropped] += 9
+    assert layer.effective_weight()[dropped].eq(layer.weight[dropped]).all()
+
+
+def test_spartan_equals_its_definition():
+    """Hard projection of the softly masked weights, straight through; all else by autograd and an outer solver."""
+    layer = method_layer("spartan")
+    x, grad_y = torch.randn(7, 22, dtype=torch.float64), torch.randn(7, 18, dtype=torch.float64)
+    y = layer(x)
+    y.backward(grad_y)
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    means = torch.stack([weight[block].abs().mean() for _, block in blocks(layer)]).view(5, 6)
+    kept, sharpness = num_kept(30, 0.7), 20 * 4
+    low, high = -1e3, 1e3
+    for _ in range(200):
+        shift = (low + high) / 2
+        low, high = (shift, high) if torch.sigmoid(sharpness * means + shift).sum() < kept else (low, shift)
+    slope = (soft := torch.sigmoid(sharpness * means.detach() + shift)) * (1 - soft)
+    implicit = shift - (slope * sharpness * (means - means.detach())).sum() / slope.sum()
+    soft = torch.sigmoid(sharpness * means + implicit)
+    hard = reference_mask(means.detach(), 0.7)
+    assert torch.equal(layer.block_mask(), hard)
+
+    softly = weight * reference_expand(soft, 4, weight.shape)
+    projected = (softly * reference_expand(hard, 4, weight.shape)).detach() + softly - softly.detach()
+    F.linear(x, projected, layer.bias.detach()).backward(grad_y)
+    torch.testing.assert_close(y, F.linear(x, projected, layer.bias), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, weight.grad, atol=1e-5, rtol=1e-4)
+    assert layer.weight.grad[~reference_expand(hard, 4, weight.shape)].ne(0).any()
+
+
+@given(
+    n=st.integers(1, 300), share=st.floats(0, 1), sharpness=st.sampled_from([0.5, 10.0, 400.0]), seed=st.integers(0, 9)
+)
+def test_soft_top_k_adds_up_and_keeps_the_order(n, share, sharpness, seed):
+    values = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    kept = max(1, round(n * share))
+    soft = soft_top_k(values, torch.tensor(kept), torch.tensor(sharpness))
+    torch.testing.assert_close(float(soft.sum()), float(kept), atol=1e-2, rtol=1e-4)
+    assert soft.ge(0).all() and soft.le(1).all()
+    assert soft[values.argsort()].diff().ge(0).all()
+
+
+def test_soft_top_k_sharpens_to_the_hard_mask_and_has_the_right_gradient():
+    values = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept = torch.tensor(7)
+    torch.testing.assert_close(soft_top_k(values, kept, torch.tensor(1e5)) > 0.5, block_mask(values, 33 / 39))
+    for sharpness in (1.0, 20.0):
+        assert torch.autograd.gradcheck(
+            lambda v, s=sharpness: soft_top_k(v, kept, torch.tensor(s, dtype=torch.float64)),
+            values,
+            eps=1e-4,
+            atol=1e-3,
+        )
+
+
+def test_soft_top_k_of_everything_is_one():
+    values = torch.rand(6, requires_grad=True)
+    soft = soft_top_k(values, torch.tensor(6), torch.tensor(3.0))
+    soft.sum().backward()
+    assert soft.eq(1).all() and values.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (10, 7), (6, 4, 3, 3)])
+def test_block_norms_and_means_of_whole_and_partial_blocks(shape):
+    weight = torch.randn(shape, dtype=torch.float64)
+    norms, means = block_norms(weight, 4), block_means(weight, 4)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in norms.shape)).tolist():
+        block = weight[tuple(slice(4 * i, 4 * i + 4) for i in index)]
+        torch.testing.assert_close(norms[tuple(index)], block.norm())
+        torch.testing.assert_close(means[tuple(index)], block.abs().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_folds_to_what_it_computes(method):
+    model = nn.Sequential(nn.Linear(22, 18), nn.GELU(), nn.Linear(18, 10))
+    sparsify(model, 0.7, 4, targets="*", method=method)
+    x = torch.randn(3, 22)
+    expected = model(x)
+    masks = [layer.block_mask() for layer in supermask_layers(model).values()]
+    blockvit.fold(model)
+    assert torch.equal(model(x), expected)
+    for layer, mask in zip((model[0], model[2]), masks, strict=True):
+        assert layer.weight[~reference_expand(mask, 4, layer.weight.shape)].eq(0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    sparsify(model, 0.75, 4, targets="*", method=method)
+    x, target = torch.randn(40, 16), torch.randn(40, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for step in range(60):
+        set_sparsity(model, cubic_sparsity(step, 0, 30, 0, 1))
+        set_sharpness(model, step / 59)
+        loss = F.mse_loss(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_unknown_method_or_scores():
+    with pytest.raises(ValueError, match=r"method is 'dense'; expected one of \['supermask', 'dense_gradient'"):
+        sparsify(small_transformer(), 0.5, 4, method="dense")
+    with pytest.raises(ValueError, match=r"scores is 'normal'; expected one of \['kaiming', 'magnitude', 'constant'\]"):
+        sparsify(small_transformer(), 0.5, 4, scores="normal")
+
+
+@pytest.mark.parametrize("setting", [{"scores": "magnitude"}, {"train_scores": False}])
+@pytest.mark.parametrize("method", ["magnitude", "spartan"])
+def test_settings_of_scores_for_a_method_without_any(method, setting):
+    model = small_transformer()
+    with pytest.raises(ValueError, match=f"method '{method}' has no scores; leave them out"):
+        sparsify(model, 0.5, 4, method=method, **setting)
+    assert not supermask_layers(model)
+
+
+# --- how scores start ------------------------------------------------------------------------------------------------
+
+
+def test_scores_from_magnitudes_choose_the_largest_blocks_and_spread_as_random_ones():
+    torch.manual_seed(0)
+    drawn = SupermaskLinear(256, 512, sparsity=0.75, block_size=8)
+    layer = SupermaskLinear.from_dense(nn.Linear(256, 512), sparsity=0.75, block_size=8, scores="magnitude")
+    torch.testing.assert_close(layer.block_mask(), block_mask(block_norms(layer.weight, 8), 0.75))
+    assert abs(float(layer.scores.mean())) < 1e-5
+    torch.testing.assert_close(float(layer.scores.std()), float(drawn.scores.std()), rtol=0.03, atol=0)
+    assert layer.scores.requires_grad
+
+
+def test_scores_from_equal_magnitudes_and_constant_scores_are_zero():
+    layer = SupermaskLinear(8, 8, sparsity=0.5, block_size=4, scores="constant")
+    assert layer.scores.eq(0).all() and layer.scores.requires_grad
+    nn.init.ones_(layer.weight)
+    layer.reset_scores("magnitude")
+    assert layer.scores.eq(0).all()
+
+
+def test_scores_that_are_not_trained_stay():
+    torch.manual_seed(0)
+    model = sparsify(small_transformer(), 0.75, 4, targets="mlp", train_scores=False)
+    before = {name: layer.block_mask() for name, layer in supermask_layers(model).items()}
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    model.layers(torch.randn(2, 3, 16)).square().sum().backward()
+    optimizer.step()
+    for name, layer in supermask_layers(model).items():
+        assert layer.scores.grad is None and torch.equal(layer.block_mask(), before[name])
+        assert layer.weight.grad.ne(0).any()
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_cubic_ramp():
+    assert [cubic_sparsity(step, 10, 20, 0.2, 0.9) for step in (0, 10, 20, 21)] == [0.2, 0.2, 0.9, 0.9]
+    assert cubic_sparsity(15, 10, 20, 0.2, 0.9) == pytest.approx(0.9 - 0.7 / 8)
+    ramp = [cubic_sparsity(step, 0, 50, 0, 1) for step in range(51)]
+    assert ramp[0] == 0 and ramp[-1] == 1
+    rises = [b - a for a, b in itertools.pairwise(ramp)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(rises))
+    assert [cubic_sparsity(step, 5, 5, 0.0, 0.9) for step in (4, 5)] == [0.0, 0.9]
+    with pytest.raises(ValueError, match=r"begins at step 6 and ends at 5"):
+        cubic_sparsity(0, 6, 5, 0, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_in_force_is_a_share_of_each_layers_target(method):
+    model = sparsify(small_transformer(), {"mlp": 0.5, "head": 0.75}, 4, targets=("mlp", "head"), method=method)
+    keys = set(model.state_dict())
+    for share in (0.0, 0.4, 1.0):
+        set_sparsity(model, share)
+        for name, layer in supermask_layers(model).items():
+            target = 0.75 if name == "head" else 0.5
+            assert layer.sparsity == target
+            assert layer.sparsity_in_force == share * target
+            assert int(layer.block_mask().sum()) == num_kept(layer.block_mask().numel(), share * target)
+            kept = reference_expand(layer.block_mask(), 4, layer.weight.shape)
+            assert layer.effective_weight()[~kept].eq(0).all() and layer.effective_weight()[kept].ne(0).all()
+    assert set(model.state_dict()) == keys
+
+
+def test_a_sparsity_in_force_of_zero_is_the_dense_layer():
+    for method in METHODS:
+        layer = method_layer(method)
+        set_sparsity(layer, 0)
+        assert torch.equal(layer.effective_weight(), layer.weight), method
+
+
+def test_what_is_in_force_is_not_saved_and_survives_a_move():
+    model = sparsify(small_transformer(), 0.75, 4)
+    set_sparsity(model, 0.5)
+    other = sparsify(small_transformer(), 0.75, 4)
+    other.load_state_dict(model.state_dict())
+    assert {layer.sparsity_in_force for layer in supermask_layers(other).values()} == {0.75}
+    moved = model.to(torch.float64)
+    for layer in supermask_layers(moved).values():
+        assert layer.sparsity_in_force == 0.375
+        assert int(layer.block_mask().sum()) == num_kept(layer.num_blocks, 0.375)
+
+
+def test_a_model_made_on_the_meta_device_gets_its_settings_with_its_memory():
+    layer = SupermaskLinear(16, 16, sparsity=0.75, block_size=4, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        layer.scores.copy_(torch.arange(16.0).view(4, 4))
+    assert int(layer.block_mask().sum()) == num_kept(16, 0.75)
+
+
+def test_fold_within_the_ramp_folds_what_is_in_force():
+    model = sparsify(nn.Sequential(nn.Linear(16, 16)), 0.75, 4, targets="*")
+    set_sparsity(model, 0.5)
+    x = torch.randn(2, 16)
+    expected = model(x)
+    blockvit.fold(model)
+    assert torch.equal(model(x), expected)
+    assert float(model[0].weight.eq(0).float().mean()) == 1 - num_kept(16, 0.375) / 16
+
+
+@pytest.mark.parametrize(
+    ("share", "error"), [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("1", TypeError)]
+)
+@pytest.mark.parametrize("setter", [set_sparsity, set_sharpness])
+def test_bad_share(setter, share, error):
+    with pytest.raises(error, match=r"share is .*expected a number in \[0, 1\]"):
+        setter(small_transformer(), share)
+
+
+def test_schedules_leave_a_dense_model_alone():
+    model = small_transformer()
+    set_sparsity(model, 0.5)
+    set_sharpness(model, 0.5)
+
+
+def test_sharpness_runs_from_first_to_last():
+    layer = method_layer("spartan")
+    assert layer.sharpness_in_force == 20 * 4
+    set_sharpness(layer, 0)
+    assert layer.sharpness_in_force == float(layer._sharpness) == 1
+    soft = layer.effective_weight() / layer.weight
+    assert soft.max() < 0.5  # hardly a choice yet: all weigh about the share that is kept
 
 
 # --- convolutions ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .attention import MultiheadAttention, expose_projections, rename_packed_projection
 from .bsr import BSRMatrix, check_block_size
 from .linear import BlockSparseLinear
-from .supermask import block_mask, check_scores, check_sparsity, expand_mask
+from .masks import block_mask, check_scores, check_sparsity, expand_mask
 from .targets import replace_modules
 
 FORMAT = 1

@@ -13,7 +13,8 @@ from .attention import expose_projections
 from .bsr import check_block_size, zero_blocks
 from .kernels import cpu, resolve
 from .linear import BlockSparseLinear
-from .supermask import SupermaskLinear, block_mask, check_scores, expand_mask, supermask_layers
+from .masks import block_mask, check_scores, expand_mask
+from .supermask import SupermaskLinear, supermask_layers
 from .targets import Targets, matching, replace_modules
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -23,7 +24,8 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 def fold(model: nn.Module) -> nn.Module:
     """Multiply each supermask into its weight, in place; returns ``model``, made of plain layers again.
 
-    The outputs stay the same to the bit. Biases are shared with the masked layers, weights are new.
+    The outputs stay the same to the bit, so it is the sparsity in force that is folded (see ``set_sparsity``). Biases
+    are shared with the masked layers, weights are new.
 
     Raises:
         ValueError: the model has no supermask, or scores are NaN.
@@ -32,7 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
     if not masked:
         raise ValueError(f"{type(model).__name__} has no supermask layers to fold; call blockvit.sparsify(model) first")
     for layer in masked.values():
-        check_scores(layer.scores)
+        check_scores(layer.block_scores())
     replace_modules(model, dict.fromkeys(masked, _folded))
     return model
 

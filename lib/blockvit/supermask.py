@@ -1,8 +1,8 @@
 """Supermasks: a trained choice of which blocks of a weight to keep.
 
-Each masked layer learns one score a block. The blocks with the highest scores are kept, the others are multiplied by
-zero; the forward pass sees the binary mask, the backward pass treats it as the identity (straight-through), so that a
-dropped block still receives a score gradient and can come back.
+Each masked layer keeps the blocks with the highest scores and multiplies the others by zero. By default it learns one
+score a block: the forward pass sees the binary mask, the backward pass treats it as the identity (straight-through), so
+that a dropped block still receives a score gradient and can come back. ``METHODS`` says what else can be tried.
 
 Sources: Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?" (arXiv:1911.13299) for the scores and
 the straight-through gradient; the PyTorch blog post "Speeding up ViTs using Block Sparsity" for the block form.
@@ -22,136 +22,153 @@ from torch import Tensor, nn
 
 from .attention import expose_projections
 from .bsr import check_block_size
+from .masks import block_means, block_norms, check_sparsity, highest, multiply_blocks, num_kept, soft_top_k
 from .targets import Targets, lookup, matching, replace_modules
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")
 """What the blog post masks in a ViT: both MLP layers, the attention's output projection, the classification head."""
 
+METHODS = {
+    "supermask": "learned scores; a dropped block's weights get no gradient (the reference, and the default)",
+    "dense_gradient": "learned scores; a dropped block's weights get the gradient that they would get if it were kept",
+    "magnitude": "the blocks of largest norm, chosen anew at each step; dense gradient",
+    "spartan": "the blocks of largest mean magnitude, weighted by a soft top-k that is sharpened; dense gradient",
+}
+"""What decides which blocks a layer keeps, and what learns.
 
-def check_sparsity(sparsity: float) -> float:
-    """Return ``sparsity`` as a ``float``; no number (``TypeError``) or outside [0, 1) (``ValueError``) raises."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        raise TypeError(f"sparsity is {sparsity!r} ({type(sparsity).__name__}); expected a number in [0, 1)")
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"sparsity is {sparsity}; expected the fraction of blocks to drop, in [0, 1): 0.9 keeps one block in ten"
-        )
-    return float(sparsity)
+- ``dense_gradient``: straight-through for the weights too, so that a block that comes back has not stood still in the
+  meantime (Bengio et al., arXiv:1308.3432).
+- ``magnitude``: the dense weights take the gradient found at their projection onto the block-sparse ones; no scores.
+  Lin et al., "Dynamic Model Pruning with Feedback" (arXiv:2006.07253), by blocks; Tai et al. call it dual averaging.
+- ``spartan``: Tai et al., "Spartan" (arXiv:2205.14107). As ``magnitude``, but the weights that are kept are multiplied
+  by a soft top-k of their magnitudes, whose gradient they get as well. ``set_sharpness`` is its schedule. Unlike
+  theirs, the sparsity is each layer's own and the mask is never frozen.
+"""
+
+WITH_SCORES = ("supermask", "dense_gradient")
+"""The methods that learn scores; the others have none."""
+
+SCORES = ("kaiming", "magnitude", "constant")
+"""How scores can start; see ``sparsify``."""
+
+SHARPNESS = (1.0, 20.0)
+"""Of ``spartan``'s soft top-k, first and last, as its authors have it. The last is per root of a block's elements."""
 
 
-def num_kept(num_blocks: int, sparsity: float) -> int:
-    """How many of ``num_blocks`` blocks stay: ``n - round(sparsity * (n - 1))``, at least 1.
+def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:
+    """The sparsity of a step: ``initial`` up to ``begin``, ``final`` from ``end`` on, and between them a cubic ramp.
 
-    This is the reference implementation's percentile threshold, so its checkpoints fold to the same masks. It is
-    computed through percent as there: 0.01 * (0.7 * 100) is a little more than 0.7, which decides ties of ``round``.
+    It rises fast at first, when there is much to choose from, and slowly at last: Zhu and Gupta, "To prune, or not to
+    prune" (arXiv:1710.01878). With ``initial=0, final=1`` it is what ``set_sparsity`` takes. Not rounded to a number of
+    blocks; ``begin == end`` is a jump.
     """
-    return num_blocks - round(0.01 * (sparsity * 100) * (num_blocks - 1))
-
-
-def block_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Boolean mask, shaped as ``scores``: True for exactly ``num_kept`` of the highest scores.
-
-    Ties break by position (the earlier block stays), so the count is exact whatever the scores. NaN scores raise
-    ``ValueError`` on the CPU; on other devices they are not looked for, because a look would wait for the device in
-    every forward pass (``fold`` looks there too).
-    """
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_scores(scores)
-    order = scores.detach().flatten().sort(descending=True, stable=True).indices
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[order[: num_kept(scores.numel(), sparsity)]] = True
-    return mask.view_as(scores)
-
-
-def check_scores(scores: Tensor) -> None:
-    """Raise ``ValueError`` if any score is NaN."""
-    bad = int(scores.isnan().sum())
-    if bad:
-        raise ValueError(
-            f"{bad} of {scores.numel()} mask scores are NaN, so no mask can be chosen; the training diverged "
-            "(lower the learning rate, clip gradients) or the checkpoint is damaged"
-        )
-
-
-def _block_lengths(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    # A dimension shorter than a block (a 3x3 kernel's) holds one block of its own length: same mask, no padding.
-    return tuple(min(block_size, size) for size in shape)
-
-
-def expand_mask(mask: Tensor, block_size: int, shape: tuple[int, ...]) -> Tensor:
-    """Blow a block mask up to the elements of a weight of ``shape``; partial edge blocks are cut off."""
-    for dim, (length, size) in enumerate(zip(_block_lengths(shape, block_size), shape, strict=True)):
-        mask = mask.repeat_interleave(length, dim).narrow(dim, 0, size)
-    return mask
-
-
-def block_sums(tensor: Tensor, block_size: int) -> Tensor:
-    """Sum of each block of ``tensor``, partial edge blocks included: shape ``ceil(size / b)`` in every dimension."""
-    lengths = _block_lengths(tuple(tensor.shape), block_size)
-    padding = [(-size) % length for size, length in zip(tensor.shape, lengths, strict=True)]
-    if any(padding):
-        tensor = F.pad(tensor, [p for pad in reversed(padding) for p in (0, pad)])
-    split = [n for size, length in zip(tensor.shape, lengths, strict=True) for n in (size // length, length)]
-    return tensor.reshape(split).sum(dim=tuple(range(1, 2 * len(lengths), 2)))
-
-
-class _MaskBlocks(torch.autograd.Function):
-    """``weight * mask``: binary forward, identity backward for the scores.
-
-    One function for both factors, so that backward makes the masked and the block-summed gradient from the same
-    saved tensors instead of keeping an element-wise float mask alive.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.block_size = block_size
-        return weight * expand_mask(mask, block_size, tuple(weight.shape))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, mask = ctx.saved_tensors
-        grad_weight = grad_scores = None
-        if ctx.needs_input_grad[0]:
-            grad_weight = grad * expand_mask(mask, ctx.block_size, tuple(weight.shape))
-        if ctx.needs_input_grad[1]:
-            grad_scores = block_sums(grad * weight, ctx.block_size)
-        return grad_weight, grad_scores, None, None
+    if begin > end:
+        raise ValueError(f"the ramp begins at step {begin} and ends at {end}; expected begin <= end")
+    if step >= end:
+        return final
+    if step <= begin:
+        return initial
+    return final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3
 
 
 class _Supermask:
-    """What masked layers share: scores, the mask they choose, and the effective weight."""
+    """What masked layers share: what they choose blocks by, the mask, and the effective weight."""
 
     weight: nn.Parameter
-    scores: nn.Parameter
+    scores: nn.Parameter | None
 
-    def _init_mask(self, sparsity: float, block_size: int) -> None:
+    def _init_mask(self, sparsity: float, block_size: int, method: str = "supermask", scores: str = "kaiming") -> None:
         self.sparsity = check_sparsity(sparsity)
         self.block_size = check_block_size(block_size)
-        blocks = [-(-size // self.block_size) for size in self.weight.shape]
-        self.scores = nn.Parameter(torch.empty(blocks, device=self.weight.device, dtype=self.weight.dtype))
-        self.reset_scores()
+        self.method = _one_of("method", method, METHODS)
+        self._sparsity_share = self._sharpness_share = 1.0
+        self._init_scores(_one_of("scores", scores, SCORES))
 
-    def _adopt(self, dense: nn.Module) -> Any:
+    def _init_scores(self, how: str) -> None:
+        self.num_blocks = math.prod(blocks := [-(-size // self.block_size) for size in self.weight.shape])
+        self.scores = None
+        if self.method in WITH_SCORES:
+            self.scores = nn.Parameter(torch.empty(blocks, device=self.weight.device, dtype=self.weight.dtype))
+            self.reset_scores(how)
+        elif how != "kaiming":
+            raise ValueError(f"scores is {how!r}, but method {self.method!r} has no scores; leave it out")
+        self._place_settings()
+
+    def _place_settings(self) -> None:
+        # Tensors, so that a compiled step is not compiled anew at every change of them. No buffers: what is in force
+        # follows from the step, so it is not saved, nor averaged by an exponential moving average.
+        device = self.weight.device
+        self._kept = torch.tensor(num_kept(self.num_blocks, self.sparsity_in_force), device=device)
+        self._sharpness = torch.tensor(self.sharpness_in_force, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place_settings()
+        return self
+
+    def _adopt(self, dense: nn.Module, scores: str) -> Any:
         """Take over the parameters of ``dense``; the module was made on the meta device, to draw nothing twice."""
         self.weight, self.bias = dense.weight, dense.bias
-        self._init_mask(self.sparsity, self.block_size)
+        self._init_scores(scores)
         return self.train(dense.training)
 
-    def reset_scores(self) -> None:
-        """Draw the scores as the reference implementation does (Kaiming uniform, a = sqrt 5)."""
-        nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
+    @torch.no_grad()
+    def reset_scores(self, how: str = "kaiming") -> None:
+        """Start the scores anew, in one of the ways of ``SCORES``; see ``sparsify``."""
+        bound = self.scores.shape[1:].numel() ** -0.5  # of the Kaiming uniform draw with a = sqrt 5
+        if how == "kaiming":
+            nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))
+        elif how == "constant":
+            nn.init.zeros_(self.scores)
+        else:
+            norms = block_norms(self.weight, self.block_size).float()
+            norms -= norms.mean()
+            spread = norms.square().mean().sqrt().clamp_min(1e-12)
+            self.scores.copy_(norms / spread * (bound / math.sqrt(3)))
+
+    @property
+    def sparsity_in_force(self) -> float:
+        """The fraction of blocks dropped now: ``sparsity``, or the share of it that ``set_sparsity`` has set."""
+        return self.sparsity * self._sparsity_share
+
+    @property
+    def sharpness_in_force(self) -> float:
+        """Of the soft top-k of ``spartan``; see ``set_sharpness``."""
+        elements = math.prod(min(self.block_size, size) for size in self.weight.shape)
+        first, last = SHARPNESS
+        return first + self._sharpness_share * (last * math.sqrt(elements) - first)
+
+    def block_scores(self) -> Tensor:
+        """What the blocks are chosen by, ``ceil(size / block_size)`` in every dimension: learned, or of the weights."""
+        if self.scores is not None:
+            return self.scores
+        return (block_means if self.method == "spartan" else block_norms)(self.weight, self.block_size)
 
     def block_mask(self) -> Tensor:
-        """The boolean block mask that the scores choose now, ``ceil(size / block_size)`` in every dimension."""
-        return block_mask(self.scores, self.sparsity)
+        """The boolean block mask in force now, ``ceil(size / block_size)`` in every dimension."""
+        return highest(self.block_scores().detach(), self._kept)
 
     def effective_weight(self) -> Tensor:
-        """The weight with its dropped blocks at zero, differentiable in ``weight`` and ``scores``."""
-        return _MaskBlocks.apply(self.weight, self.scores, self.block_mask(), self.block_size)
+        """The weight with its dropped blocks at zero, differentiable in ``weight`` and what the method learns."""
+        if self.method == "spartan":
+            means = self.block_scores()
+            soft = soft_top_k(means, self._kept, self._sharpness)
+            factor = soft.detach() * highest(means.detach(), self._kept)
+            return multiply_blocks(self.weight, soft, factor, self.block_size, grad_factor=soft.detach())
+        dense_gradient = self.method != "supermask"
+        return multiply_blocks(
+            self.weight, self.scores, self.block_mask(), self.block_size, dense_gradient=dense_gradient
+        )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sparsity={self.sparsity:g}, block_size={self.block_size}"
+        method = "" if self.method == "supermask" else f", method={self.method!r}"
+        return f"{super().extra_repr()}, sparsity={self.sparsity:g}, block_size={self.block_size}{method}"
+
+
+def _one_of(what: str, name: str, known: Mapping[str, str] | tuple[str, ...]) -> str:
+    if name not in known:
+        raise ValueError(f"{what} is {name!r}; expected one of {list(known)}")
+    return name
 
 
 class SupermaskLinear(_Supermask, nn.Linear):
@@ -163,6 +180,8 @@ class SupermaskLinear(_Supermask, nn.Linear):
         bias: whether to learn a bias.
         sparsity: fraction of blocks dropped, in [0, 1).
         block_size: edge length of the square blocks; sizes need not be multiples of it.
+        method: one of ``METHODS``.
+        scores: how scores start; see ``sparsify``.
     """
 
     def __init__(
@@ -173,18 +192,19 @@ class SupermaskLinear(_Supermask, nn.Linear):
         *,
         sparsity: float,
         block_size: int,
+        method: str = "supermask",
+        scores: str = "kaiming",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init_mask(sparsity, block_size)
+        self._init_mask(sparsity, block_size, method, scores)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, sparsity: float, block_size: int) -> SupermaskLinear:
-        """Mask ``linear``; its parameters are shared, not copied."""
-        sizes = linear.in_features, linear.out_features
-        masked = cls(*sizes, bias=False, sparsity=sparsity, block_size=block_size, device="meta")
-        return masked._adopt(linear)
+    def from_dense(cls, linear: nn.Linear, *, scores: str = "kaiming", **settings: Any) -> SupermaskLinear:
+        """Mask ``linear``; its parameters are shared, not copied. ``settings``: sparsity, block size, method."""
+        masked = cls(linear.in_features, linear.out_features, bias=False, device="meta", **settings)
+        return masked._adopt(linear, scores)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
@@ -195,16 +215,24 @@ class SupermaskConv2d(_Supermask, nn.Conv2d):
     """``nn.Conv2d`` whose weight ``(out, in / groups, kh, kw)`` is masked in blocks over all four dimensions.
 
     With the usual kernels, shorter than a block, a block spans the whole kernel: ``block_size`` output channels by
-    ``block_size`` input channels. Takes ``nn.Conv2d``'s arguments, ``sparsity`` and ``block_size``.
+    ``block_size`` input channels. Takes ``nn.Conv2d``'s arguments, and those of ``SupermaskLinear`` for the mask.
     """
 
-    def __init__(self, *args: Any, sparsity: float, block_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sparsity: float,
+        block_size: int,
+        method: str = "supermask",
+        scores: str = "kaiming",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_mask(sparsity, block_size)
+        self._init_mask(sparsity, block_size, method, scores)
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, *, sparsity: float, block_size: int) -> SupermaskConv2d:
-        """Mask ``conv``; its parameters are shared, not copied."""
+    def from_dense(cls, conv: nn.Conv2d, *, scores: str = "kaiming", **settings: Any) -> SupermaskConv2d:
+        """Mask ``conv``; its parameters are shared, not copied. ``settings``: sparsity, block size, method."""
         masked = cls(
             conv.in_channels,
             conv.out_channels,
@@ -215,11 +243,10 @@ class SupermaskConv2d(_Supermask, nn.Conv2d):
             conv.groups,
             bias=False,
             padding_mode=conv.padding_mode,
-            sparsity=sparsity,
-            block_size=block_size,
             device="meta",
+            **settings,
         )
-        return masked._adopt(conv)
+        return masked._adopt(conv, scores)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H', W')``."""
@@ -237,6 +264,9 @@ def sparsify(
     *,
     targets: Targets = BLOG_TARGETS,
     skip: Targets = (),
+    method: str = "supermask",
+    scores: str = "kaiming",
+    train_scores: bool = True,
 ) -> nn.Module:
     """Give the targeted layers of ``model`` supermasks, in place; returns ``model``.
 
@@ -253,15 +283,23 @@ def sparsify(
             (``"*.mlp.0"``); or a predicate ``(name, module) -> bool``. Attention's projections are called
             ``"qkv"`` and ``"out_proj"``.
         skip: layers to leave alone, in the same language, e.g. ``("encoder_layer_0", "head")``.
+        method: what decides which blocks stay, and what learns: one of ``METHODS``.
+        scores: how learned scores start. ``"kaiming"``: at random, as the reference implementation draws them (Kaiming
+            uniform, a = sqrt 5). ``"magnitude"``: the norms of the weight's blocks, shifted and scaled to the mean and
+            spread of such a draw, so that the same learning rate fits. ``"constant"``: at zero, so that at first the
+            position decides, and then the gradient.
+        train_scores: False keeps the masks that the scores choose at the start: a control for what learning them gains.
 
     Raises:
         ValueError: sparsity outside [0, 1), block size < 1, a target or skip that matches nothing (the message lists
-            the layers there are), or a layer that already has a mask.
+            the layers there are), a layer that already has a mask, an unknown ``method`` or ``scores``, or settings of
+            scores for a method that has none.
         TypeError: a block size that is not an integer.
     """
     for value, check in ((sparsity, check_sparsity), (block_size, check_block_size)):
         if not isinstance(value, Mapping) and not callable(value):
             check(value)
+    _check_scores_setting(method, scores, train_scores)
     expose_projections(model)
     chosen = matching(model, targets, skip, types=tuple(MASKED_TYPES))
     for name, module in chosen.items():
@@ -279,10 +317,69 @@ def sparsify(
     }
 
     def mask(name: str, module: nn.Module) -> nn.Module:
-        return MASKED_TYPES[type(module)].from_dense(module, **settings[name])
+        masked = MASKED_TYPES[type(module)].from_dense(module, method=method, scores=scores, **settings[name])
+        if masked.scores is not None:
+            masked.scores.requires_grad_(train_scores)
+        return masked
 
     replace_modules(model, {name: partial(mask, name) for name in chosen})
     return model
+
+
+def _check_scores_setting(method: str, scores: str, train_scores: bool) -> None:
+    _one_of("method", method, METHODS)
+    _one_of("scores", scores, SCORES)
+    if method not in WITH_SCORES and (scores != "kaiming" or not train_scores):
+        raise ValueError(
+            f"scores={scores!r} and train_scores={train_scores} were given, but method {method!r} has no scores; leave "
+            f"them out, or choose one of {list(WITH_SCORES)}"
+        )
+
+
+def set_sparsity(model: nn.Module, share: float) -> None:
+    """Let every masked layer of ``model`` drop ``share`` times its ``sparsity``, until this is called again.
+
+    What is in force is no part of the state dict: it should follow from the step, as ``cubic_sparsity`` gives it, so
+    call this before each step, and after loading a checkpoint. A new layer drops its whole ``sparsity``, its target,
+    which stays as it is. ``fold`` folds what is in force, because it changes no output: a training that was cut short
+    within the ramp folds to fewer zeros, unless ``set_sparsity(model, 1)`` comes first. A copy of the model, such as an
+    exponential moving average, is another model: it needs a call of its own.
+
+    Cheap enough for every step; neither waits for the device nor makes ``torch.compile`` compile again. A model without
+    masked layers is left alone.
+
+    Raises:
+        ValueError: ``share`` outside [0, 1].
+    """
+    _check_share(share)
+    for layer in _distinct_layers(model):
+        if layer._sparsity_share != share:
+            layer._sparsity_share = share
+            layer._kept.fill_(num_kept(layer.num_blocks, layer.sparsity_in_force))
+
+
+def set_sharpness(model: nn.Module, share: float) -> None:
+    """Set how far the soft top-k of ``spartan`` is on its way from the first of ``SHARPNESS`` (0) to the last (1).
+
+    Its authors raise it linearly with the step over the first four fifths of the training, and reach the target
+    sparsity within the first fifth. A new layer has the last. Otherwise as ``set_sparsity``; other methods ignore it.
+    """
+    _check_share(share)
+    for layer in _distinct_layers(model):
+        if layer._sharpness_share != share:
+            layer._sharpness_share = share
+            layer._sharpness.fill_(layer.sharpness_in_force)
+
+
+def _check_share(share: float) -> None:
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"share is {share!r} ({type(share).__name__}); expected a number in [0, 1]")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; expected a number in [0, 1]: 1 is the target")
+
+
+def _distinct_layers(model: nn.Module) -> list[_Supermask]:
+    return [module for module in model.modules() if isinstance(module, _Supermask)]
 
 
 def supermask_layers(model: nn.Module) -> dict[str, SupermaskLinear | SupermaskConv2d]:

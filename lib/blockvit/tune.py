@@ -27,7 +27,7 @@ from .bsr import BSRMatrix
 from .fold import random_block_mask_
 from .kernels import torch_tuned, tuning
 from .kernels.torch_bsr import bsr_tensor, pad_tokens
-from .supermask import num_kept
+from .masks import num_kept
 
 WARMUP_MS, REP_MS = 25, 50
 """How long one set of parameters is warmed up and timed during the search, in milliseconds; PyTorch has 500 and 100."""
