@@ -143,14 +143,15 @@ def test_run_writes_what_became_of_the_masks(trained):
     assert (rows["low"].isna() == (rows["metric"] == "exchanged")).all()
 
 
-def test_a_variant_is_a_row_of_its_own(trained, monkeypatch):
+def test_a_variant_is_a_row_of_its_own(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(accuracy, "map_cells", in_this_process)
-    frozen = accuracy.variants("digits", "vit_digits", 32, 0.5, [{"scores_lr": 1e-12}])
-    assert trained.run(frozen).measured == 1
-    assert trained.run(frozen).kept == trained.run(GRID[1:]).kept == 1
-    rows = trained.store.read("masks").query("metric == 'exchanged'")
+    store, how = Store(tmp_path), {"checkpoints": trained.checkpoints, "recipe": RECIPE}
+    frozen = accuracy.variants("digits", "vit_digits", 32, 0.5, [{"train_scores": False}])
+    assert accuracy.run([GRID[1], *frozen], store, **how).measured == 2
+    assert accuracy.run(frozen, store, **how).kept == 1
+    rows = store.read("masks").query("metric == 'exchanged'")
     by_recipe = rows.groupby("recipe")["value"].max()
-    assert by_recipe["digits epochs=2 + scores_lr=1e-12"] == 0 < by_recipe["digits epochs=2"]
+    assert by_recipe["digits epochs=2 + train_scores=False"] == 0 < by_recipe["digits epochs=2"]
 
 
 def test_a_second_run_trains_nothing(trained, monkeypatch):

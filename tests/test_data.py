@@ -1,14 +1,20 @@
+import math
 import os
 import pickle
+import re
 import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-from blockvit import data
+from blockvit import data, models, train
 
 CIFAR_CLASSES = ["cat", "dog"]
 
@@ -237,38 +243,238 @@ def test_no_classes(tmp_path):
 def test_class_without_pictures(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "train" / "eel").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures of: eel; add some or remove"):
+    with pytest.raises(
+        ValueError, match=r"train holds no pictures of: eel; add some \(.*\.png.*\), make .*or remove them"
+    ):
         data.load("folder", tmp_path)
 
 
 def test_splits_with_different_classes(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "dogs")
-    with pytest.raises(ValueError, match="different classes: dog, dogs in only one of them"):
+    with pytest.raises(
+        ValueError, match=r"different classes: only train/ has dog; only test/ has dogs\. Expected the same"
+    ):
         data.load("folder", tmp_path)
 
 
-def test_damaged_picture_is_named(tmp_path):
-    write_folder(tmp_path)
-    (tmp_path / "test" / "dog" / "1.png").write_bytes(b"no picture")
-    with pytest.raises(OSError, match=r"cannot decode .*dog/1.png.*replace or remove"):
+@pytest.mark.parametrize("missing", [3, 30])
+def test_many_classes_in_only_one_split(tmp_path, missing):
+    names = [f"n{i:03}" for i in range(40)]
+    write_folder(tmp_path, ("train",), names, count=1, size=4)
+    write_folder(tmp_path, ("val",), names[missing:], count=1, size=4)
+    listed = {3: "n000, n001, n002", 30: ", ".join(names[:10]) + " and 20 more"}[missing]
+    with pytest.raises(ValueError, match=rf"only train/ has {listed}\. Expected"):
+        data.load("imagenet", tmp_path)
+
+
+def test_pictures_without_class_folders(tmp_path):
+    """What ImageNet's validation archive unpacks to."""
+    write_folder(tmp_path, ("train",))
+    for picture in (tmp_path / "train" / "cat").iterdir():
+        (tmp_path / "val").mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / "val" / picture.name)
+    with pytest.raises(ValueError, match="val holds 3 pictures but no classes; expected one folder of pictures"):
+        data.load("imagenet", tmp_path)
+
+
+def test_class_folders_that_hold_no_pictures_at_all(tmp_path):
+    for split in ("train", "val"):
+        for name in CIFAR_CLASSES:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "readme.txt").write_text("no picture, and not named like one")
+    with pytest.raises(ValueError, match="train holds no pictures of: cat, dog; add some"):
+        data.load("imagenet", tmp_path)
+
+
+# Pictures that cannot be decoded
+
+
+def damage(root, kind="text"):
+    """Spoil the dogs 0 and 2 of both splits; returns the paths, those of train first."""
+    paths = [root / split / "dog" / f"{i}.png" for split in ("train", "test") for i in (0, 2)]
+    for path in paths:
+        whole = path.read_bytes()
+        if kind == "dangling link":
+            path.unlink()
+            path.symlink_to("nowhere.png")
+        elif kind == "directory":
+            path.unlink()
+            path.symlink_to(root)
+        else:
+            path.write_bytes({"text": b"no picture", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
+    return paths
+
+
+KINDS = pytest.mark.parametrize("kind", ["text", "truncated", "empty", "dangling link"])
+WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
+
+
+@KINDS
+def test_damaged_pictures_in_memory_are_left_out_and_told(tmp_path, kind):
+    damage(write_folder(tmp_path), kind)
+    with pytest.warns(UserWarning) as caught:
+        cifar = data.load("cifar10", tmp_path)
+    assert len(caught) == 2
+    for warning, split in zip(caught, ("train", "test"), strict=True):
+        told = (
+            rf"2 of 6 .* decoded; they are left out: .*{split}/dog/0.png \(.+\), .*{split}/dog/2.png \(.+\)\. Replace"
+        )
+        assert re.search(told, str(warning.message))
+    for split in (cifar.train, cifar.test):
+        assert split.labels.tolist() == [0, 0, 0, 1]
+        assert split.images[:, 0, 0, 0].tolist() == [0, 1, 2, 41]
+
+
+def test_a_set_with_damaged_pictures_is_not_cached(tmp_path):
+    """It may be repaired by the next time, and if not, it is told again."""
+    root, cache = write_folder(tmp_path / "set"), tmp_path / "cache"
+    broken = damage(root)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="2 of 6 pictures cannot be decoded"):
+            assert len(data.load("cifar10", root, cache_dir=cache).train) == 4
+    for path in broken:
+        shutil.copy(path.with_name("1.png"), path)
+    assert len(data.load("cifar10", root, cache_dir=cache).train) == 6
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_split_in_memory_without_any_readable_picture(tmp_path):
+    for path in (write_folder(tmp_path) / "train").glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of 6 pictures can be decoded, the first of them .*cat/0\.png \("):
         data.load("cifar10", tmp_path)
+
+
+@KINDS
+@WORKERS
+def test_training_takes_the_next_picture_for_a_damaged_one(tmp_path, kind, num_workers):
+    """Batches stay full; the workers' counts come back; the report names the files and what is wrong with them."""
+    broken = damage(write_folder(tmp_path), kind)
+    images = replace(data.load("folder", tmp_path, image_size=8).train, transform=data.eval_transform(8))
+    assert data.damage_report(images) is None
+    batches = list(DataLoader(images, 3, num_workers=num_workers))
+    assert [len(pictures) for pictures, _ in batches] == [3, 3]
+    pictures, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 0]
+    assert pictures[:, 0, 0, 0].tolist() == [0, 1, 2, 41, 41, 0]  # the last one's next is the first
+    assert images.damaged.nonzero().flatten().tolist() == [3, 5]
+    report = data.damage_report(images)
+    told = rf"2 of 6 pictures .*; others were taken in their place: {broken[0]} \(.+\), {broken[1]} \(.+\)\. Replace"
+    assert re.match(told, report)
+    list(DataLoader(images, 3, num_workers=num_workers))
+    assert data.damage_report(images) == report, "the same pictures are not counted again in the next epoch"
+
+
+@KINDS
+@WORKERS
+def test_evaluation_counts_a_damaged_picture_neither_right_nor_wrong(tmp_path, kind, num_workers):
+    damage(write_folder(tmp_path), kind)
+    images = data.load("folder", tmp_path, image_size=8).test
+    labels = torch.cat([labels for _, labels in DataLoader(images, 4, num_workers=num_workers)])
+    assert labels.tolist() == [0, 0, 0, data.DAMAGED, 1, data.DAMAGED]
+
+    class Bright(torch.nn.Module):
+        """Right about every dog, wrong about every cat, and dogs are what it would call a black picture."""
+
+        def forward(self, x):
+            return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
+
+    with pytest.warns(
+        UserWarning, match=r"2 of 6 pictures cannot be decoded; they count neither right nor wrong: .*dog"
+    ):
+        result = train.evaluate(Bright(), images, num_workers=num_workers)
+    assert (result["top1"], result["damaged"]) == (1 / 4, 2)
+    assert result["loss"] == pytest.approx(1 / 4 * math.log(1 + math.exp(-1)) + 3 / 4 * math.log(1 + math.exp(1)))
+
+
+def test_pictures_to_train_on_are_not_substituted_where_they_are_evaluated_on(tmp_path):
+    damage(write_folder(tmp_path))
+    images = data.load("folder", tmp_path, image_size=8).train
+    with pytest.warns(UserWarning, match="2 of 6"):
+        assert train.evaluate(models.create("vit_digits", num_classes=2), images)["damaged"] == 2
+
+
+def test_accuracy_needs_a_picture_that_can_be_decoded(tmp_path):
+    for path in (write_folder(tmp_path) / "test").glob("*/*.png"):
+        path.write_bytes(b"")
+    images = data.load("folder", tmp_path, image_size=8).test
+    model = models.create("vit_digits", num_classes=2)
+    with (
+        pytest.warns(UserWarning, match="6 of 6"),
+        pytest.raises(ValueError, match="none of 6 pictures can be decoded"),
+    ):
+        train.evaluate(model, images)
+
+
+@WORKERS
+def test_a_lost_disk_is_no_reason_to_go_on_training(tmp_path, num_workers):
+    root = write_folder(tmp_path, count=30)
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+        path.symlink_to("gone.png")
+    images = data.load("folder", root, image_size=8).train
+    loader = DataLoader(images, sampler=[35], num_workers=num_workers)
+    with pytest.raises(
+        OSError, match=r"train/dog/.*\.png and the 16 pictures after it cannot be decoded; check the disk"
+    ):
+        list(loader)
+
+
+def test_a_picture_that_may_not_be_read_is_damaged_like_any_other(tmp_path, monkeypatch):
+    """By a refusing ``open``, because who runs the tests as root may read everything."""
+    root = write_folder(tmp_path)
+    refused, open_picture = root / "test" / "cat" / "1.png", Image.open
+
+    def refuse(path, *args):
+        if Path(path) == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_picture(path, *args)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    images = data.load("folder", root, image_size=8).test
+    assert [images[i][1] for i in range(3)] == [0, data.DAMAGED, 0]
+    assert re.search(
+        r"1 of 6 .*cat/1\.png \(\[Errno 13\] Permission denied.*Replace or remove", data.damage_report(images)
+    )
+
+
+def test_a_report_names_only_the_first(tmp_path):
+    root = write_folder(tmp_path, count=6)
+    for path in (root / "test" / "cat").iterdir():
+        path.write_bytes(b"")
+    images = data.load("folder", root, image_size=8).test
+    for i in range(len(images)):
+        images[i]
+    report = data.damage_report(images)
+    assert (
+        report.startswith("6 of 12 pictures") and report.count("/test/cat/") == 2 * 3 and "), ... Replace" not in report
+    )
+    assert re.search(r"cat/2\.png \(.*\), \.\.\.\. Replace", report)
+
+
+def test_a_report_after_a_repair_says_so(tmp_path):
+    broken = damage(write_folder(tmp_path))[2]
+    images = data.load("folder", tmp_path, image_size=8).test
+    assert images[3][1] == data.DAMAGED
+    shutil.copy(broken.with_name("1.png"), broken)
+    assert "dog/0.png (it can be decoded by now)" in data.damage_report(images)
+
+
+def test_training_goes_on_and_tells_of_damage_once(tmp_path):
+    damage(write_folder(tmp_path, size=8))
+    splits = data.load("folder", tmp_path, image_size=8)
+    recipe = train.Recipe(epochs=3, batch_size=2, lr=1e-3)
+    model = models.create("vit_digits", num_classes=2, num_layers=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        history = train.fit(model, splits, recipe, progress=False)
+    assert len(history.epochs) == 3 and all(0 <= epoch["test_top1"] <= 1 for epoch in history.epochs)
+    told = [str(warning.message) for warning in caught if "cannot be decoded" in str(warning.message)]
+    assert len(told) == 2
+    assert "others were taken in their place" in told[0] and "they count neither right nor wrong" in told[1]
 
 
 def test_image_size_must_be_positive():
     with pytest.raises(ValueError, match="image_size is 0; expected the edge length in pixels"):
         data.load("digits", image_size=0)
-
-
-def test_save_atomically_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "new" / "state.pt"
-    data.save_atomically({"a": 1}, path)
-
-    class Unpicklable:
-        def __reduce__(self):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        data.save_atomically({"big": torch.zeros(1000), "bad": Unpicklable()}, path)
-    assert torch.load(path) == {"a": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["state.pt"]

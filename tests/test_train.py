@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_files import room_for
 from torch import nn
 
-from blockvit import data, models, train
+from blockvit import data, models, sparsify, train
 from blockvit.data import DataSplits, ImageTensors
+from blockvit.train import loop, processes
 
 STATS = ((0.5,) * 3, (0.25,) * 3)
 TINY = train.Recipe(epochs=3, batch_size=8, lr=1e-3, weight_decay=0.1, lr_warmup_epochs=1, label_smoothing=0.1)
@@ -112,6 +114,24 @@ def test_files_train_like_tensors(tmp_path):
     assert with_workers == pytest.approx(train.evaluate(one, splits.test))
 
 
+def test_accumulated_passes_give_the_weights_of_one():
+    recipe = replace(TINY, epochs=2, clip_grad_norm=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, hflip=True)
+    (whole, _), (cut, history) = run(recipe, tiny_model()), run(recipe, tiny_model(), accumulate=4)
+    assert history.epochs[0]["accumulate"] == 4
+    for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-5)
+    assert not same_weights(cut, run(replace(recipe, seed=1), tiny_model(), accumulate=4)[0])
+
+
+def test_throughput_is_that_of_training_alone(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    _, history = run(replace(TINY, epochs=1, lr_warmup_epochs=0))
+    # One look at the clock at each end of the epoch, two for each of the four batches; each look is a second.
+    assert history.epochs[0]["images_per_s"] == pytest.approx(4 * 8 / 9)
+    assert history.epochs[0]["data_share"] == pytest.approx(4 / 9)
+
+
 def test_bf16_autocast_on_the_cpu():
     seen = []
     model = tiny_model()
@@ -169,6 +189,66 @@ def test_learning_rate_without_warm_up_starts_at_its_peak():
     assert train.learning_rate(replace(TINY, lr_warmup_epochs=0), 0, 4) == TINY.lr
 
 
+def test_sparsity_grows_by_a_cubic_ramp_and_is_whole_at_the_end():
+    recipe = replace(TINY, sparsity_schedule="cubic", sparsity_start=0.2, sparsity_end=0.7, epochs=10)
+    share = [train.sparsity_share(recipe, step, 10) for step in range(101)]
+    assert share[:21] == [0.0] * 21
+    assert share[70:] == [1.0] * 31
+    assert share[45] == pytest.approx(1 - 0.5**3)
+    assert share == sorted(share)
+    assert train.sparsity_share(TINY, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_masks_follow_the_schedule_in_training_and_are_evaluated_as_they_are(ema):
+    recipe = replace(
+        TINY, sparsity_schedule="cubic", sparsity_end=1.0, epochs=2, model_ema=ema, model_ema_steps=1, batch_size=16
+    )
+    model = sparsify(tiny_model(mlp_dim=64), 0.75, 4, targets=("mlp",))
+    layer = model.encoder.layers[0].mlp[0]
+    seen = {"train": [], "eval": []}
+
+    def note(module, args, output):
+        seen["train" if module.training else "eval"].append(module.sparsity_in_force)
+
+    layer.register_forward_hook(note)  # copied with the model, so that of the average notes too
+    run(recipe, model)
+    assert seen["train"] == pytest.approx([0.75 * (1 - (1 - step / 4) ** 3) for step in range(4)])
+    assert seen["eval"] == pytest.approx([0.75 * (1 - 0.5**3), 0.75])
+    assert layer.sparsity_in_force == 0.75
+    assert layer.block_mask().float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_resumed_ramp_goes_on_where_it_was(tmp_path):
+    recipe = replace(TINY, sparsity_schedule="cubic", sparsity_end=0.9, epochs=3)
+
+    def masked():
+        return sparsify(tiny_model(), 0.75, 4, targets=("mlp",))
+
+    whole, _ = run(recipe, masked())
+    model, passes = masked(), []
+
+    def stop_in_the_third_epoch(module, args):
+        passes.extend([1] * module.training)
+        if len(passes) == 4 + 4 + 2:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(stop_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, model, checkpoint=tmp_path / "run.pt")
+    resumed, history = run(recipe, masked(), checkpoint=tmp_path / "run.pt")
+    assert same_weights(whole, resumed)
+    assert len(history.epochs) == 3
+
+
+def test_spartan_layers_are_sharpened_over_four_fifths_of_the_training():
+    model = sparsify(tiny_model(), 0.75, 4, targets=("mlp",), method="spartan")
+    layer, shares = model.encoder.layers[0].mlp[0], []
+    layer.register_forward_hook(lambda module, *args: shares.extend([module._sharpness_share] * module.training))
+    run(replace(TINY, epochs=5, batch_size=32), model)
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+
+
 class WithScores(nn.Module):
     """A model with supermask-like scores that take part in the result, and a frozen parameter."""
 
@@ -224,8 +304,8 @@ def test_a_shared_parameter_is_trained_once():
 
 
 def test_ema_decay_is_the_references():
-    recipe = train.recipe_for("imagenet", batch_size=4096)
-    assert train.ema_decay(recipe) == pytest.approx(1 - 2e-5 * 4096 * 32 / 300)
+    recipe = train.recipe_for("imagenet")
+    assert train.ema_decay(recipe) == pytest.approx(1 - 2e-5 * (8 * 512) * 32 / 300)  # world size * batch of a process
     assert train.ema_decay(replace(TINY, model_ema_decay=0.0)) == 0.0
 
 
@@ -233,12 +313,12 @@ def test_ema_is_a_copy_in_warm_up_and_an_average_after():
     recipe = replace(TINY, model_ema=True, model_ema_steps=1, model_ema_decay=0.9, batch_size=4, epochs=2)
     decay = train.ema_decay(recipe)
     model = nn.Linear(1, 1)
-    trainer = train._Trainer.make(model, recipe, torch.device("cpu"), 8, 2)
+    trainer = loop._Trainer.make(model, recipe, processes.Alone("cpu"), pictures=32)
 
     def average_of(weight, warming_up):
         nn.init.constant_(model.weight, weight)
         trainer.update_ema(warming_up)
-        return trainer.averaged.weight.item()
+        return trainer.averaged(after=1).weight.item()
 
     assert average_of(1.0, True) == 1.0
     assert average_of(2.0, True) == 2.0
@@ -252,60 +332,6 @@ def test_ema_weights_are_evaluated_and_returned():
     plain, _ = run()
     assert not same_weights(averaged, plain)
     assert history.epochs[-1]["test_loss"] == pytest.approx(train.evaluate(averaged, tiny_data().test)["loss"])
-
-
-# Augmentation
-
-
-def test_shift_moves_whole_pictures_over_a_black_border():
-    images = torch.zeros(200, 3, 5, 5, dtype=torch.uint8)
-    images[:, :, 2, 2] = 9
-    torch.manual_seed(0)
-    shifted = train.augment(images, replace(TINY, random_crop_padding=1))
-    places = shifted[:, 0].nonzero()
-    assert len(places) == 200
-    assert {tuple(place) for place in places[:, 1:].tolist()} == {(r, c) for r in (1, 2, 3) for c in (1, 2, 3)}
-    assert torch.equal(shifted[:, 0], shifted[:, 2])
-
-
-def test_flip_mirrors_about_half():
-    images = torch.arange(4, dtype=torch.uint8).expand(200, 3, 4, 4)
-    torch.manual_seed(0)
-    mirrored = train.augment(images, replace(TINY, hflip=True))[:, 0, 0, 0] == 3
-    assert 70 < int(mirrored.sum()) < 130
-
-
-def test_randaugment_draws_for_each_group_of_pictures():
-    pictures = tiny_data(1, size=32).train.images.expand(5 * train.RA_GROUP, -1, -1, -1)
-    torch.manual_seed(1)
-    result = train.augment(pictures, replace(TINY, auto_augment="ra"))
-    assert (result.shape, result.dtype) == (pictures.shape, torch.uint8)
-    groups = result.flatten(1).split(train.RA_GROUP)
-    assert all((group == group[0]).all() for group in groups)
-    assert len(torch.stack([group[0] for group in groups]).unique(dim=0)) > 2
-
-
-@pytest.mark.parametrize(
-    ("alphas", "mixes"), [((0.2, 0.0), {"MixUp"}), ((0.0, 1.0), {"CutMix"}), ((0.2, 1.0), {"MixUp", "CutMix"})]
-)
-def test_mixing_trains_on_soft_labels(alphas, mixes, monkeypatch):
-    used, targets = set(), []
-    for name in ("MixUp", "CutMix"):
-        mix = getattr(train.v2, name)
-        original = mix.transform
-
-        def transform(self, value, params, name=name, original=original):
-            used.add(name)
-            return original(self, value, params)
-
-        monkeypatch.setattr(mix, "transform", transform)
-    cross_entropy = F.cross_entropy
-    monkeypatch.setattr(train.F, "cross_entropy", lambda x, y, **kw: targets.append(y) or cross_entropy(x, y, **kw))
-    run(replace(TINY, epochs=4, mixup_alpha=alphas[0], cutmix_alpha=alphas[1]), eval_every=9)
-    soft = torch.cat([target for target in targets if target.ndim == 2])
-    assert used == mixes
-    assert torch.allclose(soft.sum(1), torch.ones(len(soft)))
-    assert ((soft > 0.01) & (soft < 0.99)).any()
 
 
 # Checkpoints
@@ -359,7 +385,7 @@ def test_killed_run_resumes_to_bit_identical_weights(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert same_weights(whole, resumed)
-    measured = ("epoch", "train_loss", "test_loss", "test_top1", "lr")
+    measured = ("epoch", "train_loss", "test_loss", "test_top1", "lr", "processes", "accumulate")
     for one, two in zip(whole_history.epochs, history.epochs, strict=True):
         assert [one[key] for key in measured] == [two[key] for key in measured]
 
@@ -463,10 +489,39 @@ def test_nan_loss_stops_with_the_place_and_keeps_the_checkpoint(tmp_path):
 
     model.register_forward_hook(break_second_epoch)
     with pytest.raises(
-        train.NonFiniteLossError, match=r"became nan in epoch 2, step 3 of 4, at learning rate 0.000854; .*Lower lr"
-    ):
+        train.NonFiniteLossError,
+        match=r"became nan in epoch 2, step 3 of 4, at learning rate 0.000854; .*training pictures \d.*Lower lr",
+    ) as caught:
+        run(model=model, checkpoint=path)
+    assert (caught.value.epoch, caught.value.step) == (1, 2)
+    assert caught.value.pictures == train.epoch_order(32, TINY, 1)[2].tolist()
+    assert len(torch.load(path)["history"]) == 1
+
+
+def test_weights_that_the_last_step_spoils_are_not_kept(tmp_path):
+    path = tmp_path / "run.pt"
+    model, passes = tiny_model(), []
+
+    def spoil_the_last_gradient(module, grad_input, grad_output):
+        passes.append(1)
+        return (grad_input[0] * math.nan,) if len(passes) == 4 + 4 else None  # four steps an epoch, losses are fine
+
+    model.encoder.ln.register_full_backward_hook(spoil_the_last_gradient)
+    with pytest.raises(train.NonFiniteLossError, match="a weight is no longer finite in epoch 2, step 4 of 4"):
         run(model=model, checkpoint=path)
     assert len(torch.load(path)["history"]) == 1
+
+
+def test_full_disk_leaves_the_old_checkpoint(finished):
+    path, _, history = finished
+    before = path.read_bytes()
+    with (
+        room_for(1000),
+        pytest.raises(OSError, match=r"run.pt was not written, what was .* unchanged.*free some space"),
+    ):
+        run(checkpoint=path, resume=False)
+    assert path.read_bytes() == before
+    assert run(checkpoint=path)[1] == history
 
 
 # Bad input
@@ -495,6 +550,15 @@ def test_nan_loss_stops_with_the_place_and_keeps_the_checkpoint(tmp_path):
         ({"auto_augment": "aa"}, "auto_augment is 'aa'; expected 'ra' or None"),
         ({"ra_magnitude": 31}, "ra_magnitude is 31; expected 0 to 30"),
         ({"amp_dtype": "fp8"}, "amp_dtype is 'fp8'; expected 'bf16' or 'fp16'"),
+        ({"ra_reps": 0}, "ra_reps is 0; expected at least 1"),
+        ({"val_crop_size": 0}, "val_crop_size is 0; expected at least 1"),
+        (
+            {"val_crop_size": 64, "val_resize_size": 32},
+            r"val_resize_size is 32; expected at least val_crop_size \(64\)",
+        ),
+        ({"sparsity_schedule": "linear"}, "sparsity_schedule is 'linear'; expected 'constant' or 'cubic'"),
+        ({"sparsity_start": 1.0}, r"sparsity_start is 1.0; expected a fraction of the epochs in \[0, 1\)"),
+        ({"sparsity_start": 0.6}, r"sparsity_end is 0.5; .* in \(sparsity_start, 1\], that is \(0.6, 1\]"),
     ],
 )
 def test_recipe_values_out_of_range(changes, message):
@@ -502,9 +566,21 @@ def test_recipe_values_out_of_range(changes, message):
         replace(TINY, **changes)
 
 
+def test_the_imagenet_recipe_is_torchvisions():
+    """references/classification/README.md, vit_b_16: eight processes with --batch-size 512."""
+    recipe = train.recipe_for("imagenet")
+    command = """--epochs 300 --lr 0.003 --weight-decay 0.3 --lr-warmup-epochs 30 --lr-warmup-decay 0.033
+        --label-smoothing 0.11 --mixup-alpha 0.2 --auto-augment ra --clip-grad-norm 1 --cutmix-alpha 1.0"""
+    for field, value in (pair.split() for pair in command.strip().removeprefix("--").split(" --")):
+        assert str(getattr(recipe, field.replace("-", "_"))).removesuffix(".0") == value.removesuffix(".0")
+    assert all((recipe.amp, recipe.ra_sampler, recipe.model_ema))
+    defaults = {"lr_min": 0.0, "model_ema_steps": 32, "model_ema_decay": 0.99998, "ra_magnitude": 9, "ra_reps": 3}
+    sizes = {"batch_size": 8 * 512, "train_crop_size": 224, "val_resize_size": 256, "val_crop_size": 224}
+    for field, value in (defaults | sizes).items():
+        assert getattr(recipe, field) == value
+
+
 def test_recipes():
-    imagenet = train.recipe_for("imagenet")
-    assert (imagenet.epochs, imagenet.lr, imagenet.weight_decay, imagenet.label_smoothing) == (300, 0.003, 0.3, 0.11)
     assert train.recipe_for("digits", seed=3) == replace(train.recipe_for("digits"), seed=3)
     with pytest.raises(ValueError, match=r"unknown recipe 'cifar' \(did you mean 'cifar10'\?\)"):
         train.recipe_for("cifar")

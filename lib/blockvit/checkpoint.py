@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from . import files
 from .attention import MultiheadAttention, expose_projections, rename_packed_projection
 from .bsr import BSRMatrix, check_block_size
 from .linear import BlockSparseLinear
@@ -44,21 +44,6 @@ def sha256(source: str | os.PathLike | Mapping[str, Tensor]) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # mkstemp's only their owner could read
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def save(
@@ -100,7 +85,7 @@ def save(
     # Tied weights are written once for each name: safetensors holds no aliases.
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in _state(model).items()}
     path = Path(path)
-    write_atomically(path, safetensors_bytes(tensors, metadata={"blockvit": json.dumps(metadata)}))
+    files.write(path, safetensors_bytes(tensors, metadata={"blockvit": json.dumps(metadata)}))
     return path
 
 

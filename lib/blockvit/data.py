@@ -2,6 +2,11 @@
 
 Every split yields uint8 pictures; training augments and normalises them in batches, where they lie. Small pictures are
 held in memory as one tensor (``ImageTensors``), large ones are decoded as they are needed (``ImageFiles``).
+
+A picture that cannot be decoded stops nothing and is never passed over in silence. From memory it is left out, with a
+warning when the set is loaded. From files, training takes the next one in the list instead, nearly always of the same
+class, so that batches stay full; evaluation gets it with the label ``DAMAGED``, to count it neither right nor wrong.
+``damage_report`` tells which they were.
 """
 
 from __future__ import annotations
@@ -9,85 +14,52 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
+from . import folders
+from .decode import UndecodableError, decode
+from .files import save_atomically
+from .folders import Samples
 from .models import unknown_name
+from .pictures import DAMAGED, ImageFiles, Images, ImageTensors, damage_report, damage_text, normalize, warn_of_damage
+from .transforms import eval_transform, train_transform
 
-Channels = tuple[float, float, float]
+__all__ = [
+    "DAMAGED",
+    "NAMES",
+    "DataSplits",
+    "ImageFiles",
+    "ImageTensors",
+    "Images",
+    "damage_report",
+    "eval_transform",
+    "evaluation",
+    "label",
+    "load",
+    "normalize",
+    "save_atomically",
+    "train_transform",
+    "warn_of_damage",
+]
 
 NAMES = ("digits", "cifar10", "imagenet", "folder")
-EVAL_FOLDERS = ("test", "val")
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DIGITS_TEST_SIZE = 360
 DIGITS_SPLIT_SEED = 0  # a constant: every seed of every study is tested on the same pictures
-
-
-@dataclass(frozen=True, eq=False)
-class ImageTensors(Dataset):
-    """Pictures held in memory.
-
-    Attributes:
-        images: uint8 ``(N, 3, S, S)``.
-        labels: int64 ``(N,)``.
-        mean, std: of each channel, in [0, 1], for ``normalize``.
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Channels
-    std: Channels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
-        """Pictures and labels at ``index``: an integer, a slice or a tensor of indices."""
-        return self.images[index], self.labels[index]
-
-    def to(self, device: torch.device | str) -> ImageTensors:
-        """The same pictures on ``device``."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class ImageFiles(Dataset):
-    """Pictures decoded from files when asked for.
-
-    Attributes:
-        samples: path and label of each picture.
-        transform: from a PIL picture to a uint8 tensor ``(3, S, S)``; see ``train_transform``, ``eval_transform``.
-        mean, std: of each channel, in [0, 1], for ``normalize``.
-    """
-
-    samples: list[tuple[str, int]]
-    transform: Callable[[Any], Tensor]
-    mean: Channels
-    std: Channels
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The transformed picture at ``index`` and its label."""
-        path, label = self.samples[index]
-        return self.transform(_decode(path)), label
-
-
-Images = ImageTensors | ImageFiles
 
 
 @dataclass(frozen=True)
@@ -139,10 +111,11 @@ def load(
         download: fetch CIFAR-10 into ``root`` if it is not there.
         cache_dir: keep the decoded pictures of a ``cifar10`` ImageFolder here, in one file that is made anew when a
             picture is added, removed or written. Decoding 60 000 small JPEGs takes about 20 s, reading the file 1 s.
+            Nothing is kept if a picture cannot be decoded: it may be repaired by the next time.
 
     Raises:
-        ValueError: unknown name, no root where one is needed, a split without classes, a class without pictures, or
-            other classes in the test split than in the training split.
+        ValueError: unknown name, no root where one is needed, a split without classes, a class without pictures,
+            other classes in the test split than in the training split, or no picture that can be decoded.
         FileNotFoundError: the root, a split, or the downloaded files are missing.
         NotADirectoryError: the root is a file.
     """
@@ -172,46 +145,20 @@ def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
     return f"{name}-jpeg" if first is not None and first.suffix.lower() in (".jpg", ".jpeg") else name
 
 
-def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """From uint8 ``(N, 3, S, S)`` to floats with zero mean and unit variance over the data set, on the same device."""
-    offset, scale = (torch.tensor(c, device=images.device).view(3, 1, 1) * 255 for c in (mean, std))
-    return (images - offset) / scale
+def evaluation(
+    root: str | os.PathLike[str],
+    *,
+    val_crop_size: int = 224,
+    val_resize_size: int | None = None,
+    interpolation: str = "bilinear",
+) -> tuple[ImageFiles, list[str]]:
+    """The pictures of an ImageFolder's ``test/`` or ``val/`` alone, and its classes; there need be no ``train/``.
 
-
-def train_transform(
-    image_size: int, *, hflip: bool = True, auto_augment: str | None = None, ra_magnitude: int = 9
-) -> v2.Compose:
-    """torchvision's reference preset for training on large pictures: random crop to S, flip, RandAugment."""
-    steps: list[Any] = [v2.PILToTensor(), v2.RandomResizedCrop(image_size, antialias=True)]
-    if hflip:
-        steps.append(v2.RandomHorizontalFlip())
-    if auto_augment == "ra":
-        steps.append(v2.RandAugment(magnitude=ra_magnitude, interpolation=InterpolationMode.BILINEAR))
-    return v2.Compose(steps)
-
-
-def eval_transform(image_size: int) -> v2.Compose:
-    """torchvision's reference preset for evaluation: shorter side to S * 256 / 224, central crop to S."""
-    shorter = round(image_size * 256 / 224)
-    return v2.Compose([v2.PILToTensor(), v2.Resize(shorter, antialias=True), v2.CenterCrop(image_size)])
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name, then rename: ``path`` holds the old state or the new one, never a part.
-
-    Raises:
-        OSError: the directory cannot be written or is full; ``path`` is as it was.
+    For the sizes and the interpolation, see ``eval_transform``; for errors, ``load``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    samples, classes = folders.scan_evaluation(Path(root).expanduser())
+    transform = eval_transform(val_crop_size, val_resize_size, interpolation=interpolation)
+    return ImageFiles(samples, transform, IMAGENET_MEAN, IMAGENET_STD), classes
 
 
 def _digits(image_size: int) -> DataSplits:
@@ -236,7 +183,7 @@ def _cifar10(root: Path, image_size: int, download: bool, cache_dir: str | os.Pa
         train, test, classes = _cached_folder(root, image_size, cache_dir)
     else:
         if not download:
-            _check_root(root)
+            folders.check_root(root)
         source = f"torchvision CIFAR10 {root}"
         train, test, classes = _torchvision_cifar10(root, image_size, download)
     splits = (ImageTensors(*part, CIFAR10_MEAN, CIFAR10_STD) for part in (train, test))
@@ -244,13 +191,15 @@ def _cifar10(root: Path, image_size: int, download: bool, cache_dir: str | os.Pa
 
 
 def _folder(name: str, root: Path, image_size: int) -> DataSplits:
-    train, test, classes = _scan(root)
+    train, test, classes = folders.scan(root)
     transform = eval_transform(image_size)  # training puts its own in place: the recipe says which
-    splits = (ImageFiles(samples, transform, IMAGENET_MEAN, IMAGENET_STD) for samples in (train, test))
+    splits = (
+        ImageFiles(train, transform, IMAGENET_MEAN, IMAGENET_STD, substitute=True),
+        ImageFiles(test, transform, IMAGENET_MEAN, IMAGENET_STD),
+    )
     return DataSplits(name, f"ImageFolder {root}", *splits, classes, image_size)
 
 
-Samples = list[tuple[str, int]]
 Pictures = tuple[Tensor, Tensor]  # images uint8 (N, 3, S, S), labels int64 (N,)
 
 
@@ -273,18 +222,20 @@ def _torchvision_cifar10(root: Path, image_size: int, download: bool) -> tuple[P
 def _cached_folder(
     root: Path, image_size: int, cache_dir: str | os.PathLike[str] | None
 ) -> tuple[Pictures, Pictures, list[str]]:
-    train, test, classes = _scan(root)
-    if cache_dir is None:
-        return _decode_all(train, image_size), _decode_all(test, image_size), classes
-    where = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-    path = Path(cache_dir).expanduser() / f"{root.name}-{where}-{image_size}px.pt"
-    fingerprint = _fingerprint(root, train + test)
-    cache = _read_cache(path)
-    if cache.get("fingerprint") != fingerprint:
-        splits = {"train": _decode_all(train, image_size), "test": _decode_all(test, image_size)}
-        cache = {"fingerprint": fingerprint, **splits}
-        save_atomically(cache, path)
-    return cache["train"], cache["test"], classes
+    train, test, classes = folders.scan(root)
+    path = None
+    if cache_dir is not None:
+        where = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+        path = Path(cache_dir).expanduser() / f"{root.name}-{where}-{image_size}px.pt"
+        fingerprint = _fingerprint(root, train + test)
+        cache = _read_cache(path)
+        if cache.get("fingerprint") == fingerprint:
+            return cache["train"], cache["test"], classes
+    splits = {"train": _decode_all(train, image_size), "test": _decode_all(test, image_size)}
+    # With pictures left out nothing is kept: they may be readable the next time, and are to be told of again if not.
+    if path is not None and all(len(splits[name][1]) == len(part) for name, part in (("train", train), ("test", test))):
+        save_atomically({"fingerprint": fingerprint, **splits}, path)
+    return splits["train"], splits["test"], classes
 
 
 def _read_cache(path: Path) -> dict[str, Any]:
@@ -297,7 +248,10 @@ def _read_cache(path: Path) -> dict[str, Any]:
 def _fingerprint(root: Path, samples: Samples) -> str:
     digest = hashlib.sha256()
     for path, label in samples:
-        stat = os.stat(path)  # noqa: PTH116 (60 000 of them: a Path each would double the time)
+        try:
+            stat = os.stat(path)  # noqa: PTH116 (60 000 of them: a Path each would double the time)
+        except OSError:
+            continue  # it cannot be decoded either, and then nothing is kept
         digest.update(f"{os.path.relpath(path, root)} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
@@ -305,60 +259,27 @@ def _fingerprint(root: Path, samples: Samples) -> str:
 def _decode_all(samples: Samples, image_size: int) -> Pictures:
     # One after the other: on pictures this small, threads spend more on the interpreter lock than decoding takes.
     images = np.empty((len(samples), image_size, image_size, 3), np.uint8)
-    for row, (path, _) in zip(images, samples, strict=True):
-        row[:] = _decode(path, image_size)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in samples])
+    labels, complaints = [], []
+    for path, label in samples:
+        try:
+            images[len(labels)] = _fit(decode(path), image_size)
+        except UndecodableError as error:
+            complaints.append(f"{path} ({error.__cause__})")
+        else:
+            labels.append(label)
+    if not labels:
+        raise ValueError(f"none of {len(samples)} pictures can be decoded, the first of them {complaints[0]}")
+    if complaints:
+        text = damage_text(len(samples), complaints, "they are left out")
+        warnings.warn(text, stacklevel=2)
+    return torch.from_numpy(images[: len(labels)]).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
-def _decode(path: str, image_size: int | None = None) -> Any:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
-    except OSError as error:
-        raise OSError(f"cannot decode {path}: {error}; replace or remove the file") from error
-    if image_size is None or rgb.size == (image_size, image_size):
-        return rgb
-    return ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BICUBIC)
+def _fit(picture: Image.Image, image_size: int) -> Image.Image:
+    if picture.size == (image_size, image_size):
+        return picture
+    return ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def _resize(images: Tensor, image_size: int) -> Tensor:
     return v2.functional.resize(images, [image_size, image_size], antialias=True).contiguous()
-
-
-def _scan(root: Path) -> tuple[Samples, Samples, list[str]]:
-    """Samples of both splits of an ImageFolder, and their classes."""
-    _check_root(root)
-    eval_folder = next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), root / EVAL_FOLDERS[0])
-    train, test = _split(root / "train"), _split(eval_folder)
-    if train.classes != test.classes:
-        extra = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(
-            f"{train.root} and {test.root} hold different classes: {', '.join(extra)} in only one of them; "
-            "expected the same folders in both"
-        )
-    return train.samples, test.samples, train.classes
-
-
-def _check_root(root: Path) -> None:
-    if not root.exists():
-        raise FileNotFoundError(f"data root {root} does not exist; expected a directory with train/ and test/ or val/")
-    if not root.is_dir():
-        raise NotADirectoryError(f"data root {root} is a file; expected a directory (unpack an archive first)")
-
-
-def _split(folder: Path) -> ImageFolder:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist; expected {folder.parent} to hold train/ and test/ or val/, each with one folder "
-            "of pictures for every class"
-        )
-    if not any(child.is_dir() for child in folder.iterdir()):
-        raise ValueError(f"{folder} holds no classes; expected one folder of pictures for every class")
-    split = ImageFolder(folder, allow_empty=True)
-    empty = sorted(set(range(len(split.classes))) - set(split.targets))
-    if empty:
-        missing = ", ".join(split.classes[label] for label in empty)
-        raise ValueError(f"{folder} holds no pictures of: {missing}; add some or remove the folders")
-    return split

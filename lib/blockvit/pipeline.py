@@ -22,7 +22,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from . import files
 from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed, execute, published, sections
 
 DEFAULT_PROFILE = "laptop"
@@ -442,7 +442,7 @@ def _publish(notebooks: Iterable[Notebook], build: Path, root: Path) -> None:
     """Write all notebooks or, if one is refused, none."""
     texts = {n.path: published(n.path, build / n.path.name, root) for n in notebooks}
     for path, text in texts.items():
-        _write_atomic(path, text)
+        files.write(path, text)
 
 
 def _claims(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, Any]]]) -> str:
@@ -467,7 +467,7 @@ def refresh_readme(readme: Path, contents: Mapping[str, str]) -> None:
     for name, content in contents.items():
         begin, end = _section(readme, name, text)
         text = f"{text[:begin]}\n{content.strip()}\n{text[end:]}"
-    _write_atomic(readme, text)
+    files.write(readme, text)
 
 
 def _text(readme: Path) -> str:
@@ -487,20 +487,6 @@ def _section(readme: Path, name: str, text: str) -> tuple[int, int]:
     if last < first:
         raise UsageError(f"{readme} holds {end!r} before {begin!r}; exchange the two")
     return first, last
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """Replace a file whole; a reader sees the old text or the new, and the file's permissions stay."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        temporary = Path(file.name)
-        try:
-            file.write(text)
-            file.close()
-            temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 _STYLE = """
@@ -555,7 +541,7 @@ def write_report(path: Path, copies: Sequence[Path], profile: Profile, root: Pat
 </body>
 </html>
 """
-    _write_atomic(path, page)
+    files.write(path, page)
     return path
 
 

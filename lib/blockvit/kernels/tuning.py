@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+
+from .. import files
 
 
 class Entry(TypedDict):
@@ -153,7 +154,7 @@ def store(
             backends = dict(load(device_name))
             others = [other for other in backends.get(backend, []) if other["key"] != entry["key"]]
             backends[backend] = [*others, entry]
-            _replace(file, _text(device_name, backends))
+            files.write(file, _text(device_name, backends))
         finally:
             os.close(lock)  # which releases the lock
     except OSError as error:
@@ -176,15 +177,3 @@ def _text(device_name: str, backends: Mapping[str, list[Entry]]) -> str:
         )
         blocks.append(f"    {json.dumps(backend)}: [\n{lines}\n    ]")
     return f'{{\n  "device": {json.dumps(device_name)},\n  "backends": {{\n' + ",\n".join(blocks) + "\n  }\n}\n"
-
-
-def _replace(file: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.chmod(temporary, 0o644)  # noqa: PTH101  (mkstemp's 0600 would hide the file from other users)
-        os.replace(temporary, file)  # noqa: PTH105
-    except BaseException:
-        os.unlink(temporary)  # noqa: PTH108
-        raise

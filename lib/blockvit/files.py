@@ -1,0 +1,91 @@
+"""Files that are there whole or not at all.
+
+What is written goes to a temporary file beside the target, to the disk, and only then to its name. A reader, and a
+run that resumes, sees the old content or the new, whatever happened in between: an exception, a kill, a full disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Replace ``path`` by a file of ``content``; text as UTF-8. See ``replacing``."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, size=len(data)) as file:
+        file.write(data)
+
+
+def save_atomically(state: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` as a whole file; see ``replacing``."""
+    import torch  # here, because the pipeline's command line writes files too and should not wait for it
+
+    handled_already = sys.exception()
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch covers a failed write with a failed check of its own
+            if isinstance(error.__context__, OSError) and error.__context__ is not handled_already:
+                raise error.__context__ from error
+            raise
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the name ``path`` when the block ends without an exception.
+
+    Folders on the way are made. A file that was there keeps its permissions; a new one has those of any new file.
+
+    Args:
+        path: where the file goes.
+        size: how many bytes will be written, if that is known, for the message of a full disk.
+
+    Raises:
+        OSError: the file cannot be written, of the kind that the system reported (``PermissionError``, ...). The
+            message says what was needed, what is free, and what to do; ``path`` is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # mkstemp's only their owner could read
+    written, free = 0, None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            finally:
+                written, free = os.fstat(file.fileno()).st_size, shutil.disk_usage(path.parent).free
+        with suppress(FileNotFoundError):
+            unfinished.chmod(path.stat().st_mode)
+        unfinished.replace(path)
+    except OSError as error:
+        about_this_file = error.filename is None or Path(str(error.filename)) in (unfinished, *unfinished.parents)
+        if error.errno is None or not about_this_file:
+            raise
+        raise OSError(error.errno, _message(path, error, size, written, free)) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _message(path: Path, error: OSError, size: int | None, written: int, free: int | None) -> str:
+    kept = "what was there before is unchanged" if path.exists() else "nothing of it was left behind"
+    what = f"{error.strerror}: {path} was not written, {kept}"
+    if error.errno not in _NO_ROOM:
+        return f"{what}; name a file in a folder that can be written"
+    needed = f"{size:,} bytes" if size is not None else f"more than the {written:,} bytes that were taken"
+    return (
+        f"{what}. It needs {needed}" + ("" if free is None else f", {free:,} are free there") + "; free some space, "
+        "raise the quota or the limit on file sizes, or write to another disk"
+    )
