@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,17 +17,36 @@ RECIPE = {"epochs": 2}
 GRID = [AccuracyCell("digits", "vit_digits"), AccuracyCell("digits", "vit_digits", 32, 0.5)]
 
 
-def test_dense_comes_first_then_seed_by_seed():
-    grid = cells("digits", "vit_digits", [8, 16], [0.5, 0.9], [0, 1])
-    assert [cell.seed for cell in grid] == [0, 1, *[0] * 4, *[1] * 4]
-    assert [cell.block_size for cell in grid[:2]] == [None, None]
-    expected = [(8, 0.5), (16, 0.5), (8, 0.9), (16, 0.9)]
-    assert [(cell.block_size, cell.sparsity) for cell in grid[2:]] == expected * 2
-    assert len(set(grid)) == len({cell.name for cell in grid}) == 10
+def test_the_grid_is_seed_by_seed_and_block_by_block_headline_sparsities_first():
+    grid = cells("cifar10", "vit_cifar", [32, 16], [0.9, 0.5, 0.7], [0, 1])
+    first = grid[: len(grid) // 2]
+    expected = [(None, None), (32, 0.9), (32, 0.7), (16, 0.9), (16, 0.7), (32, 0.5), (16, 0.5)]
+    assert [(cell.block_size, cell.sparsity) for cell in first] == expected
+    assert [cell.seed for cell in grid] == [0] * 7 + [1] * 7
+    assert grid[7:] == [replace(cell, seed=1) for cell in first]
+    assert len({cell.name for cell in grid}) == 14
 
 
 def test_iterators_give_the_same_grid():
     assert cells("d", "m", iter([8, 16]), iter([0.5, 0.9]), [0, 1]) == cells("d", "m", [8, 16], [0.5, 0.9], [0, 1])
+
+
+def test_variants_are_recipe_changes_and_mask_options():
+    options = [{"scores_lr": 0.1}, {"train_scores": False, "epochs": 3}]
+    lr, frozen = accuracy.variants("digits", "vit_digits", 32, 0.9, options)
+    assert (lr.recipe_changes, lr.mask_options) == ({"scores_lr": 0.1}, {})
+    assert (frozen.recipe_changes, frozen.mask_options) == ({"epochs": 3}, {"train_scores": False})
+    assert len({lr, frozen, replace(lr, variant=())}) == 3
+    seeds = accuracy.variants("digits", "vit_digits", 32, 0.9, options, seeds=[0, 1])
+    assert [(cell.seed, *cell.recipe_changes) for cell in seeds] == [
+        (0, "scores_lr"), (0, "epochs"), (1, "scores_lr"), (1, "epochs"),
+    ]  # fmt: skip
+
+
+def test_a_dense_model_has_no_masks_to_vary():
+    AccuracyCell("digits", "vit_digits", variant={"epochs": 3})
+    with pytest.raises(ValueError, match="a dense model has no masks to vary"):
+        AccuracyCell("digits", "vit_digits", variant={"method": "spartan"})
 
 
 def test_names():
@@ -55,6 +77,14 @@ def test_build_is_seeded_and_masks_its_targets():
     other = AccuracyCell("digits", "vit_digits", 32, 0.9, seed=2, targets=("mlp",)).build().state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
     assert not supermask_layers(GRID[0].build())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet_machine():
+    """As on a machine that runs nothing else, where the time of a training is worth a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "busy_note", list)
+        yield
 
 
 class Trained:
@@ -95,6 +125,33 @@ def test_run_writes_accuracies_and_curves(trained):
         assert last == pytest.approx(top1[top1["backend"] == backend]["value"].iloc[0]), "the end of the curve"
     assert (curves[curves["metric"] == "train_loss"]["value"] > 0).all()
     assert rows.groupby("backend")["group"].nunique().eq(1).all()
+
+
+def test_run_writes_what_became_of_the_masks(trained):
+    rows = trained.store.read("masks")
+    _, cell = GRID
+    layers = list(supermask_layers(cell.build()))
+    assert list(dict.fromkeys(rows["scope"])) == layers
+    assert len(rows) == 3 * len(layers) and set(rows["unit"]) == {"%"}
+    random, learnt = accuracy.masks(cell, trained.checkpoints, recipe=RECIPE)
+    value = rows.set_index(["scope", "metric"])
+    for layer in layers:
+        assert value.loc[(layer, "kept"), "value"] == pytest.approx(100 * np.median(learnt[layer].mean(axis=1)))
+        assert value.loc[(layer, "kept_before"), "value"] == pytest.approx(100 * np.median(random[layer].mean(axis=1)))
+        exchanged = (learnt[layer] & ~random[layer]).sum() / learnt[layer].sum()
+        assert value.loc[(layer, "exchanged"), "value"] == pytest.approx(100 * exchanged)
+    assert (rows["low"].isna() == (rows["metric"] == "exchanged")).all()
+
+
+def test_a_variant_is_a_row_of_its_own(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    store, how = Store(tmp_path), {"checkpoints": trained.checkpoints, "recipe": RECIPE}
+    frozen = accuracy.variants("digits", "vit_digits", 32, 0.5, [{"train_scores": False}])
+    assert accuracy.run([GRID[1], *frozen], store, **how).measured == 2
+    assert accuracy.run(frozen, store, **how).kept == 1
+    rows = store.read("masks").query("metric == 'exchanged'")
+    by_recipe = rows.groupby("recipe")["value"].max()
+    assert by_recipe["digits epochs=2 + train_scores=False"] == 0 < by_recipe["digits epochs=2"]
 
 
 def test_a_second_run_trains_nothing(trained, monkeypatch):
@@ -173,14 +230,49 @@ def test_lost_rows_come_back_from_the_checkpoint(trained, monkeypatch, tmp_path)
     assert new == old
 
 
-def test_a_spent_budget_leaves_the_rest(trained, monkeypatch, tmp_path):
+def test_a_budget_is_kept_and_the_next_run_goes_on(monkeypatch, tmp_path):
+    """Each epoch seems to last 100 s: of a budget of 250 s two fit, in which the first cell of two epochs is done."""
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    monkeypatch.setattr(accuracy, "_longest_epoch", {})
+    now, trained, fit = 0.0, [], accuracy.fit
+    monkeypatch.setattr(accuracy, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def slow(*arguments, stop, **more):
+        def ask(history):
+            nonlocal now
+            for epoch in history.epochs:
+                epoch["seconds"] = 100.0
+            if stop is not None and stop(history):
+                return True
+            now += 100.0
+            trained.append(len(history.epochs))
+            return False
+
+        return fit(*arguments, stop=ask, **more)
+
+    monkeypatch.setattr(accuracy, "fit", slow)
+    store = Store(tmp_path)
+    how = {"checkpoints": tmp_path / "cache" / "checkpoints", "recipe": {"epochs": 3}}
+    report = accuracy.run(GRID, store, budget_s=250, **how)
+    assert (trained, report.measured, report.left) == ([0, 1], 0, 2)
+    assert store.read("accuracy").empty and store.read("training").empty
+    report = accuracy.run(GRID, store, budget_s=250, **how)
+    assert (trained, report.measured, report.left) == ([0, 1, 2, 0], 1, 1)
+    report = accuracy.run(GRID, store, budget_s=0, **how)
+    assert (trained, report.measured, report.left) == ([0, 1, 2, 0], 0, 1)
+    assert "left for the next run" in str(report)
+    report = accuracy.run(GRID, store, **how)
+    assert (trained, report.measured, report.left) == ([0, 1, 2, 0, 1, 2], 1, 0)
+    assert len(store.read("training").query("metric == 'top1'")) == 6
+
+
+def test_times_taken_beside_other_processes_are_not_written(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "busy_note", lambda: ["other processes held 50% of the cores"])
     monkeypatch.setattr(accuracy, "map_cells", in_this_process)
     store = Store(tmp_path)
-    report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE, budget_s=0)
-    assert report.measured + report.left == 2 and report.left >= 1
-    assert store.read("accuracy").query("metric == 'top1'").shape[0] == report.measured
     report = accuracy.run(GRID, store, checkpoints=trained.checkpoints, recipe=RECIPE)
-    assert report.left == 0 and store.read("accuracy").query("metric == 'top1'").shape[0] == 2
+    assert set(store.read("accuracy")["metric"]) == {"top1"}
+    assert "other processes kept the cores busy" in str(report)
 
 
 def test_masks(trained):

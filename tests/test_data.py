@@ -45,6 +45,21 @@ def write_cifar_pickles(root, count=4):
     return root
 
 
+@pytest.mark.parametrize(("suffix", "label"), [("jpg", "cifar10-jpeg"), ("JPEG", "cifar10-jpeg"), ("png", "cifar10")])
+def test_label_of_cifar10_comes_from_its_files(tmp_path, suffix, label):
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "readme.txt").touch()
+    (folder / f"0.{suffix}").touch()
+    assert data.label("cifar10", tmp_path) == label
+
+
+def test_label_of_what_is_no_folder_of_cifar10_is_its_name(tmp_path):
+    assert data.label("cifar10", write_cifar_pickles(tmp_path)) == "cifar10"
+    assert data.label("cifar10") == data.label("cifar10", tmp_path / "missing") == "cifar10"
+    assert data.label("imagenet", tmp_path) == "imagenet"
+
+
 def test_digits_split_is_fixed_stratified_and_disjoint():
     first, again = data.load("digits"), data.load("digits")
     assert (len(first.train), len(first.test)) == (1437, 360)

@@ -57,7 +57,15 @@ def test_unknown_name_gives_the_nearest_and_the_list():
 
 
 def test_every_name_is_known():
-    assert models.names() == ["vit_digits", "vit_cifar", "vit_b_16", "vit_b_32", "vit_l_16", "vit_h_14"]
+    assert models.names() == [
+        "vit_digits",
+        "vit_cifar",
+        "vit_cifar_small",
+        "vit_b_16",
+        "vit_b_32",
+        "vit_l_16",
+        "vit_h_14",
+    ]
 
 
 def test_unknown_keyword():

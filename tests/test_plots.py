@@ -88,6 +88,27 @@ MASKS = {f"layer{i}": np.eye(4 + i, 3, dtype=bool) for i in range(3)}
 KEPT = pd.DataFrame(
     [{"layer": n, "mask": kind, "kept": k} for n in "ab" for kind in ("learnt", "random") for k in (1, 2, 4)]
 )
+LAYERS_OF_A_VIT = [f"encoder.layers.encoder_layer_{i}.mlp.{part}" for i in range(12) for part in (0, 3)]
+VARIANTS = ("", "train_scores=False", "method=spartan sparsity_schedule=cubic")
+
+
+def compared(variants=VARIANTS) -> pd.DataFrame:
+    cell = {"dataset": "cifar10", "model": "vit_cifar", "recipe": "cifar10", "block_size": 32, "sparsity": 0.9}
+    rows = [{"variant": v, "top1": 85.0 - i, "low": 84.5 - i, "high": 85.2 - i} for i, v in enumerate(variants)]
+    table = pd.DataFrame([{**cell, **row, "dense_top1": 90.0, "seeds": 2} for row in rows])
+    return table.assign(lost=table["dense_top1"] - table["top1"])
+
+
+def masks(variants=VARIANTS) -> pd.DataFrame:
+    cell = {"model": "vit_cifar", "recipe": "cifar10", "block_size": 32, "sparsity": 0.9}
+    rows = [
+        {**cell, "scope": layer, "variant": v, "metric": metric, "value": value, "low": value / 2, "high": value * 2}
+        for layer, v in itertools.product(LAYERS_OF_A_VIT, variants)
+        for metric, value in (("kept", 9.0), ("kept_before", 10.0), ("exchanged", 30.0))
+    ]
+    return pd.DataFrame(rows)
+
+
 POINTS = [{"block_size": b, "sparsity": s, "speedup": 1 + s, "top1": 97 - s} for b in (16, 32) for s in (0.5, 0.8, 0.9)]
 
 
@@ -286,6 +307,8 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
     "step_overhead": (lambda: plots.step_overhead(results.step_overheads(steps())), 2, 3),
     "step_overhead of a model": (lambda: plots.step_overhead(results.step_overheads(steps("batch_size"))), 2, 3),
+    "variants": (lambda: plots.variants(compared(), 2.3), 1, 0),
+    "mask_changes": (lambda: plots.mask_changes(masks()), 2, 0),
     # the same with a GPU's number of blocks, backends, shapes and modes
     "gpu speedup_heatmaps": (lambda: plots.speedup_heatmaps(eight_layers(), "torch_tuned"), 4, 0),
     "gpu linear_speedup": (lambda: gpu_linear_speedup("bf16"), 25, 4),
@@ -769,6 +792,19 @@ def test_labels_of_coinciding_points_do_not_overlap():
     assert not overlaps(figure, texts)
 
 
+def test_variants_are_in_order_of_what_they_lost_below_the_reference():
+    table = compared().assign(lost=[5.0, 7.0, 6.0])
+    labels = [label.get_text() for label in plots.variants(table.iloc[::-1]).axes[0].get_yticklabels()]
+    assert labels == ["reference", "method=spartan, sparsity_schedule=cubic", "train_scores=False"]
+
+
+@pytest.mark.parametrize("column", ["sparsity", "recipe"])
+def test_variants_of_different_cells_are_not_drawn_as_one(column):
+    other = compared().assign(**{column: 0.8 if column == "sparsity" else "cifar10 epochs=3"})
+    with pytest.raises(ValueError, match=f"one {column} a figure"):
+        plots.variants(pd.concat([compared(), other]))
+
+
 EMPTY = {
     "training_curves": lambda: plots.training_curves(curves().iloc[:0]),
     "kept_blocks": lambda: plots.kept_blocks(KEPT.iloc[:0]),
@@ -784,6 +820,8 @@ EMPTY = {
     "execution_modes": lambda: plots.execution_modes(memory()),
     "accuracy": lambda: plots.accuracy(trained().iloc[:0], results.published_losses()),
     "pareto": lambda: plots.pareto(pd.DataFrame(POINTS).iloc[:0], 97.0),
+    "variants": lambda: plots.variants(compared().iloc[:0]),
+    "mask_changes": lambda: plots.mask_changes(masks().iloc[:0]),
     "only dense curves": lambda: plots.training_curves(curves().query("backend == 'dense'")),
     "no scope with a share": lambda: plots.model_speedup(vit(), "torch", {"blog": 0.7}),
 }
@@ -810,6 +848,9 @@ PARTIAL = {
     "model, one cell": lambda: plots.model_speedup(vit((32,), (0.9,), (256,)), "torch", {"mlp": 0.64}),
     "batches, one": lambda: plots.batch_sizes(vit((32,), (0.9,), (256,)).query("scope == 'mlp'"), ["torch"]),
     "accuracy, cells missing": lambda: plots.accuracy(trained(missing=[(8, 0.9)]), results.published_losses()),
+    "accuracy, dense alone": lambda: plots.accuracy(trained(blocks=()), results.published_losses().iloc[:0]),
+    "variants, the reference alone": lambda: plots.variants(compared(("",))),
+    "masks, the reference missing": lambda: plots.mask_changes(masks(VARIANTS[1:])),
     "accuracy, one cell": lambda: plots.accuracy(trained((32,), (0.9,)), results.published_losses()),
     "curves, cells missing": lambda: plots.training_curves(curves(missing=[(8, 0.9)])),
     "2:4 alone, heat map": lambda: plots.speedup_heatmaps(gpu_speedups(precisions=("bf16",)), "2:4"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from . import bench, data, models, results
+from .losses import HEADLINE, described
 from .parallel import map_cells
 from .supermask import BLOG_TARGETS, sparsify, supermask_layers
-from .train import Recipe, fit, recipe_for
+from .train import History, Recipe, fit, recipe_for
+
+AT_ONCE_ON_GPU = 4
+"""Small models that are trained at once on a GPU: one alone leaves it idle between its kernels. Not measured yet."""
+
+RECIPE_FIELDS = frozenset(field.name for field in fields(Recipe)) - {"seed"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class AccuracyCell:
     """One training: ``sparsity`` and ``block_size`` of its supermasks (None and None: dense), and its ``seed``.
 
     ``targets`` are masked; the seed sets initial weights, scores, the order of pictures and their augmentation.
+    ``variant``, a mapping or pairs, says what this cell does unlike the others of its grid: fields of the recipe and
+    arguments of ``sparsify``.
     """
 
     dataset: str
@@ -36,14 +43,28 @@ class AccuracyCell:
     sparsity: float | None = None
     seed: int = 0
     targets: tuple[str, ...] = BLOG_TARGETS
+    variant: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.block_size is None) != (self.sparsity is None):
             raise ValueError(f"{self}: give both block_size and sparsity, or neither for the dense model")
+        object.__setattr__(self, "variant", tuple(sorted(dict(self.variant).items())))
+        if self.block_size is None and self.mask_options:
+            raise ValueError(f"{self}: a dense model has no masks to vary; expected fields of the recipe only")
+
+    @property
+    def recipe_changes(self) -> dict[str, Any]:
+        """The part of ``variant`` that is the recipe's."""
+        return {name: value for name, value in self.variant if name in RECIPE_FIELDS}
+
+    @property
+    def mask_options(self) -> dict[str, Any]:
+        """The part of ``variant`` that is ``sparsify``'s."""
+        return {name: value for name, value in self.variant if name not in RECIPE_FIELDS}
 
     @property
     def name(self) -> str:
-        """The cell as a file name, e.g. ``vit_digits-bs32-sp0.90-seed0``."""
+        """The cell as a file name, e.g. ``vit_digits-bs32-sp0.90-seed0``; its variant is left out."""
         sparse = "dense" if self.block_size is None else f"bs{self.block_size}-sp{self.sparsity:.2f}"
         return f"{self.model}-{sparse}-seed{self.seed}"
 
@@ -63,34 +84,57 @@ class AccuracyCell:
         }
 
     def build(self) -> nn.Module:
-        """The untrained model, masks in place."""
+        """The untrained model, masks in place.
+
+        Raises:
+            TypeError: ``variant`` names what neither the recipe nor ``sparsify`` knows.
+        """
         torch.manual_seed(self.seed)
         model = models.create(self.model)
         if self.block_size is not None:
-            sparsify(model, self.sparsity, self.block_size, targets=self.targets)
+            sparsify(model, self.sparsity, self.block_size, targets=self.targets, **self.mask_options)
         return model
 
 
 def cells(
     dataset: str, model: str, block_sizes: Iterable[int], sparsities: Iterable[float], seeds: Sequence[int]
 ) -> list[AccuracyCell]:
-    """The grid, dense models first, then seed by seed: a run cut short has one seed everywhere before a second."""
-    grid = [AccuracyCell(dataset, model, seed=seed) for seed in seeds]
+    """The grid, in an order that gives a useful figure early, however soon it is cut short.
+
+    Seed by seed, the dense model first; then the sparsities that have published losses, block size by block size; then
+    the other sparsities, in the same way. Otherwise in the order given.
+    """
     block_sizes, sparsities = list(block_sizes), list(sparsities)
-    for seed, sparsity, block_size in itertools.product(seeds, sparsities, block_sizes):
-        grid.append(AccuracyCell(dataset, model, block_size, sparsity, seed))
+    parts = [s for s in sparsities if s in HEADLINE], [s for s in sparsities if s not in HEADLINE]
+    grid = []
+    for seed in seeds:
+        grid.append(AccuracyCell(dataset, model, seed=seed))
+        grid += [AccuracyCell(dataset, model, b, s, seed) for part in parts for b in block_sizes for s in part]
     return grid
 
 
+def variants(
+    dataset: str,
+    model: str,
+    block_size: int,
+    sparsity: float,
+    options: Iterable[Mapping[str, Any]],
+    seeds: Sequence[int] = (0,),
+) -> list[AccuracyCell]:
+    """One masked cell for each of ``options`` and each seed, seed by seed; see ``AccuracyCell.variant``."""
+    options = list(options)
+    return [AccuracyCell(dataset, model, block_size, sparsity, seed, variant=o) for seed in seeds for o in options]
+
+
 def _recipe(cell: AccuracyCell, changes: Mapping[str, Any] | None) -> tuple[Recipe, str]:
-    """The cell's recipe, and its description for the tables: the data set's name, and what was changed."""
+    """The cell's recipe, and its description for the tables."""
     changes = dict(changes or {})
-    described = " ".join([cell.dataset, *(f"{name}={value}" for name, value in sorted(changes.items()))])
-    return replace(recipe_for(cell.dataset, **changes), seed=cell.seed), described
+    recipe = recipe_for(cell.dataset, **changes | cell.recipe_changes)
+    return replace(recipe, seed=cell.seed), described(cell.dataset, changes, dict(cell.variant))
 
 
 def _checkpoint(folder: str | os.PathLike[str], cell: AccuracyCell, recipe: Recipe) -> Path:
-    # Other targets or another recipe are another training: the digest keeps their checkpoints apart.
+    # Other targets, another variant or another recipe are another training: the digest keeps their checkpoints apart.
     digest = hashlib.sha256(repr((cell, asdict(recipe))).encode()).hexdigest()[:8]
     return Path(folder) / cell.dataset / f"{cell.name}-{digest}.pt"
 
@@ -103,15 +147,18 @@ def train_cell(
     recipe: Mapping[str, Any] | None = None,
     device: str = "cpu",
     progress: bool = False,
+    stop: Callable[[History], bool] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train a cell, or go on from its checkpoint; returns the model and the rows (without ``environment``'s columns).
 
-    Rows are the final test accuracy in percent (``accuracy``) and the curve, an epoch at a time (``training``).
+    Rows are the final test accuracy in percent (``accuracy``), the curve, an epoch at a time (``training``), and what
+    the masks became, a layer at a time (``masks``). There are none if ``stop`` ended the training, see ``fit``.
     """
     folder = Path(checkpoints)
-    splits = data.load(cell.dataset, data_root, download=True, cache_dir=folder.parent / "datasets")
+    splits = _load(cell.dataset, data_root, folder)
     model = cell.build()
-    how, described = _recipe(cell, recipe)
+    before = block_masks(model)
+    how, description = _recipe(cell, recipe)
     history = fit(
         model,
         splits,
@@ -120,44 +167,94 @@ def train_cell(
         checkpoint=_checkpoint(folder, cell, how),
         progress=progress,
         num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, os.cpu_count() or 1),
+        stop=stop,
     )
+    if len(history.epochs) < how.epochs:
+        return model, []
+    where = {"dataset": data.label(cell.dataset, data_root), "recipe": description}
+    rows = [*_accuracy_rows(history), *_curve_rows(history), *_mask_rows(before, block_masks(model))]
+    return model, [{**cell.key(**where), **row} for row in rows]
+
+
+def _load(dataset: str, data_root: str | None, checkpoints: Path) -> data.DataSplits:
+    return data.load(dataset, data_root, download=True, cache_dir=checkpoints.parent / "datasets")
+
+
+def _accuracy_rows(history: History) -> list[dict[str, Any]]:
     found = {"top1": (100 * history.top1, "%"), "train_seconds": (history.seconds, "s")}
-    rows = [
-        {**cell.key(metric=metric, unit=unit), "value": value, "repeats": 1, "experiment": "accuracy"}
+    return [
+        {"experiment": "accuracy", "metric": metric, "value": value, "unit": unit, "repeats": 1}
         for metric, (value, unit) in found.items()
     ]
+
+
+def _curve_rows(history: History) -> list[dict[str, Any]]:
+    rows = []
     for record in history.epochs:
-        curve = {"train_loss": (record["train_loss"], "nat"), "top1": (record["test_top1"], "%")}
-        rows += [
-            {
-                **cell.key(epoch=record["epoch"], metric=metric, unit=unit),
-                "value": 100 * value if unit == "%" else value,
-                "experiment": "training",
-            }
-            for metric, (value, unit) in curve.items()
-            if value is not None
-        ]
-    return model, [{**row, "recipe": described} for row in rows]
+        row = {"experiment": "training", "epoch": record["epoch"]}
+        rows.append({**row, "metric": "train_loss", "value": record["train_loss"], "unit": "nat"})
+        if record["test_top1"] is not None:
+            rows.append({**row, "metric": "top1", "value": 100 * record["test_top1"], "unit": "%"})
+    return rows
+
+
+def _mask_rows(before: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Of each layer, its name as ``scope``: how evenly its block rows keep their blocks, and what training exchanged.
+
+    Percentages: ``kept`` and ``kept_before`` are of the blocks of a row, median and range over the rows; ``exchanged``
+    is of the blocks kept, those that the untrained mask had dropped.
+    """
+    rows = []
+    for layer, mask in learnt.items():
+        row = {"experiment": "masks", "scope": layer, "unit": "%", "repeats": len(mask)}
+        for metric, shares in (("kept", mask.mean(axis=1)), ("kept_before", before[layer].mean(axis=1))):
+            low, median, high = np.percentile(100 * shares, [20, 50, 80])
+            rows.append({**row, "metric": metric, "value": median, "low": low, "high": high})
+        exchanged = (mask & ~before[layer]).sum() / mask.sum()
+        rows.append({**row, "metric": "exchanged", "value": 100 * exchanged, "repeats": 1})
+    return rows
+
+
+def block_masks(model: nn.Module) -> dict[str, np.ndarray]:
+    """The block masks of ``model`` by layer, boolean ``(rows, columns)``; empty for a dense model."""
+    return {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
 
 
 def masks(
     cell: AccuracyCell, checkpoints: str | os.PathLike[str], **arguments: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A cell's block masks by layer, boolean ``(rows, columns)``: before training, that is random, and learnt.
+    """A cell's block masks by layer, see ``block_masks``: before training, that is random, and learnt.
 
     ``arguments`` go to ``train_cell``, which finds the cell trained or trains it.
     """
-
-    def block_masks(model: nn.Module) -> dict[str, np.ndarray]:
-        return {name: layer.block_mask().cpu().numpy() for name, layer in supermask_layers(model).items()}
-
     return block_masks(cell.build()), block_masks(train_cell(cell, checkpoints=checkpoints, **arguments)[0])
 
 
-def _train_and_report(cell: AccuracyCell, **arguments: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+_longest_epoch: dict[str, float] = {}
+"""Seconds, by model, among what this process has trained: how long a first epoch may take."""
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """True if the next epoch would not end before ``at`` (monotonic seconds), judged by the two before it."""
+
+    model: str
+    at: float
+
+    def __call__(self, history: History) -> bool:
+        past = [epoch["seconds"] for epoch in history.epochs[-2:]] or [_longest_epoch.get(self.model, 0.0)]
+        _longest_epoch[self.model] = max(past)
+        return time.monotonic() + max(past) >= self.at
+
+
+def _train_and_report(
+    cell: AccuracyCell, *, deadline: float | None, **arguments: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     # The model stays behind: its checkpoint is on disk, and weights are a lot to send between processes.
-    rows = train_cell(cell, **arguments)[1]
-    return rows, bench.environment(arguments["device"])
+    if deadline is not None and time.monotonic() >= deadline:
+        return [], {}
+    stop = None if deadline is None else _Deadline(cell.model, deadline)
+    return train_cell(cell, stop=stop, **arguments)[1], bench.environment(arguments["device"])
 
 
 def run(
@@ -174,8 +271,9 @@ def run(
 ) -> bench.SweepReport:
     """Train the cells of ``grid`` that this working copy has not trained yet; each one's rows are written as it ends.
 
-    On a CPU in parallel processes of one thread each; on a GPU one after another. A run that is killed loses at most
-    the current epoch of each cell in progress.
+    Cells start in the order given, in parallel processes, on a CPU of one thread each. A run that is killed loses at
+    most the current epoch of each cell in progress. The seconds that a training took are written only if nothing else
+    kept the machine busy when the run began.
 
     Args:
         grid: see ``cells``.
@@ -184,37 +282,57 @@ def run(
         data_root: folder of the data set, where it needs one.
         recipe: changes to the data set's recipe.
         device: where to train.
-        workers: processes on a CPU; None: one a core.
+        workers: processes; None: one a core on a CPU, on a GPU ``AT_ONCE_ON_GPU`` for small models and one for others.
         remeasure: train again from the start.
-        budget_s: seconds after which no further cell is begun; cells in progress on a CPU are stopped and go on from
-            their last epoch in the next run. At least one cell is trained.
+        budget_s: seconds to end within: an epoch that would last longer, judged by those before it, is not begun.
+            What is unfinished goes on from its last epoch in the next run.
     """
+    start = time.monotonic()
     if not grid:
-        return bench.SweepReport()
+        return bench.SweepReport(what="trainings")
     where = bench.environment(device)
     threads = 1 if torch.device(device).type == "cpu" else None
     done = results.Measured.none() if remeasure else store.measured("accuracy", where["device"])
 
     def is_done(cell: AccuracyCell) -> bool:
-        key = cell.key(metric="top1", recipe=_recipe(cell, recipe)[1])
+        label = data.label(cell.dataset, data_root)
+        key = cell.key(dataset=label, metric="top1", recipe=_recipe(cell, recipe)[1])
         return {**where, "threads": threads, "experiment": "accuracy", **key} in done
 
     pending = [cell for cell in grid if not is_done(cell)]
+    report = bench.SweepReport(kept=len(grid) - len(pending), left=len(pending), what="trainings")
+    if not pending:
+        return report
     if remeasure:
         for cell in pending:
             _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
-    report = bench.SweepReport(kept=len(grid) - len(pending), what="trainings")
-    start = time.perf_counter()
+    if busy := bool(bench.busy_note()):
+        report.notes.append("other processes kept the cores busy when the run began: its times are not written")
+    for dataset in {cell.dataset for cell in pending}:
+        _load(dataset, data_root, Path(checkpoints))  # downloads or decodes once, not in every process at once
     work = partial(
-        _train_and_report, checkpoints=str(checkpoints), data_root=data_root, recipe=dict(recipe or {}), device=device
+        _train_and_report,
+        checkpoints=str(checkpoints),
+        data_root=data_root,
+        recipe=dict(recipe or {}),
+        device=device,
+        deadline=None if budget_s is None else start + budget_s,
     )
-    finished = map_cells(work, pending, workers) if threads else ((cell, work(cell)) for cell in pending)
+    finished = map_cells(work, pending, workers or _workers(device, pending))
     for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
+        if not rows:
+            continue  # the budget was spent
+        rows = [row for row in rows if not (busy and row["metric"] == "train_seconds")]
         group = results.new_group()
         store.append({**environment, "group": group, **row} for row in rows)
         report.measured += 1
-        if budget_s is not None and time.perf_counter() - start >= budget_s:
-            break
-    report.left = len(pending) - report.measured
-    report.seconds = time.perf_counter() - start
+    report.left -= report.measured
+    report.seconds = time.monotonic() - start
     return report
+
+
+def _workers(device: str, grid: Sequence[AccuracyCell]) -> int | None:
+    if torch.device(device).type == "cpu":
+        return None  # one a core
+    small = all(cell.model in models.SMALL_MODELS for cell in grid)
+    return max(1, min(AT_ONCE_ON_GPU, (os.cpu_count() or 1) // 2)) if small else 1

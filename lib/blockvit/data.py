@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from . import folders
@@ -44,6 +45,7 @@ __all__ = [
     "damage_report",
     "eval_transform",
     "evaluation",
+    "label",
     "load",
     "normalize",
     "save_atomically",
@@ -129,6 +131,18 @@ def load(
     if name == "cifar10":
         return _cifar10(root, image_size or 32, download, cache_dir)
     return _folder(name, root, image_size or 224)
+
+
+def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
+    """What tables call a data set: ``name``, or ``cifar10-jpeg`` where ``root`` holds CIFAR-10 as JPEG files.
+
+    JPEG loses some of the original's detail, so accuracies on it are those of another data set.
+    """
+    if name != "cifar10" or root is None:
+        return name
+    pictures = (Path(root).expanduser() / "train").glob("*/*")
+    first = next((path for path in pictures if path.suffix.lower() in IMG_EXTENSIONS), None)
+    return f"{name}-jpeg" if first is not None and first.suffix.lower() in (".jpg", ".jpeg") else name
 
 
 def evaluation(

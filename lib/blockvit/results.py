@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 KEYS = [
-    "experiment",  # linear | vit | accuracy | training | training_step | ceiling | conversion
+    "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
     "device",  # the processor's name, with its number of cores if a CPU
     "threads",  # CPU threads used; empty on a GPU
     "torch",

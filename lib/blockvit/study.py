@@ -74,16 +74,16 @@ class Study:
     def rows(self, experiment: str, **columns: Any) -> pd.DataFrame:
         """This device's rows of an experiment, narrowed to the given values of columns (a list: any of them).
 
-        Once this working copy has measured some, only its own: another machine may bear the same name. Of a CPU those
-        of the most threads, unless ``threads`` is among the columns.
+        Once this working copy has measured some of them, only its own: another machine may bear the same name. Of a CPU
+        those of the most threads, unless ``threads`` is among the columns.
         """
         rows = self.store.read(experiment, device=self.device_name)
+        for column, wanted in columns.items():
+            rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
         if self.measures and (own := rows["run"] == self.store.run).any():
             rows = rows[own]
         if "threads" not in columns:
             rows = results.most_threads(rows)
-        for column, wanted in columns.items():
-            rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
         return rows.reset_index(drop=True)
 
     def save(self, figure: Figure, name: str) -> Figure:

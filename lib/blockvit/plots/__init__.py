@@ -13,7 +13,7 @@ figure. What is computed for a figure and would stand in a text as well belongs 
 - ``rows``: what they share to read: which rows a figure may take, and those of each block size.
 """
 
-from .accuracy import accuracy, pareto
+from .accuracy import accuracy, mask_changes, pareto, variants
 from .latency import latency_tails, threads
 from .layers import contenders, large_matmuls, linear_speedup, linear_throughput, speedup_heatmaps
 from .models import batch_sizes, conversion, execution_modes, memory, model_speedup
@@ -34,6 +34,7 @@ __all__ = [
     "latency_tails",
     "linear_speedup",
     "linear_throughput",
+    "mask_changes",
     "memory",
     "model_speedup",
     "pareto",
@@ -45,4 +46,5 @@ __all__ = [
     "threads",
     "traffic",
     "training_curves",
+    "variants",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from .rows import block_sizes, require
+from .rows import block_sizes, one_of, require
 from .style import (
     COLOURS,
     DENSE,
@@ -49,6 +51,82 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
         percent_axis(axes)
     legend(figure, "published, ImageNet" if len(published_loss) else None)
     return figure
+
+
+def variants(cells: pd.DataFrame, published_loss: float | None = None) -> Figure:
+    """Points lost by each way to train a model of one block size and sparsity; bars span the seeds.
+
+    Args:
+        cells: rows of ``losses.points_lost``, all of one block size and sparsity; the reference method is drawn above.
+        published_loss: points of ImageNet top-1 that the reference method lost, for a dashed line; None: none known.
+    """
+    rows = require(cells, "trainings of this block size and sparsity")
+    one_of(rows, "model", "recipe", "block_size", "sparsity")
+    rows = rows.sort_values(["variant", "lost"], key=lambda c: c if c.name == "lost" else c != "")
+    names = [_variant_name(variant) for variant in rows["variant"]]
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.7 + 0.26 * len(rows)))
+    spread = [rows["high"] - rows["top1"], rows["top1"] - rows["low"]]
+    style = {"fmt": "none", "color": DENSE, "capsize": 2, "lw": 1}
+    axes.errorbar(rows["lost"], range(len(rows)), xerr=spread, **style)
+    for i, (lost, variant) in enumerate(zip(rows["lost"], rows["variant"], strict=True)):
+        draw_line(axes, [lost], [i], rows["block_size"].iloc[0], label=None, alpha=1 if variant else 0.5)
+    axes.axvline(0, color=DENSE, linewidth=1, zorder=1, label=f"dense, {rows['dense_top1'].iloc[0]:.1f}%")
+    if published_loss is not None:
+        axes.axvline(published_loss, color=DENSE, linestyle="--", linewidth=1, zorder=1, label="published, ImageNet")
+    cell = f"blocks of {rows['block_size'].iloc[0]:.0f}, {rows['sparsity'].iloc[0]:.0%}"
+    axes.set(yticks=range(len(rows)), yticklabels=names, ylim=(-0.6, len(rows) - 0.4))
+    axes.set(xlabel="points lost against dense", ylabel=cell)
+    axes.invert_yaxis()
+    legend(figure)
+    return figure
+
+
+def _variant_name(variant: str) -> str:
+    return variant.replace(" ", ", ") if variant else "reference"
+
+
+def mask_changes(masks: pd.DataFrame) -> Figure:
+    """What training did to the masks of one block size and sparsity, layer by layer.
+
+    Left, of the reference method, the share of its blocks that a row of blocks keeps: median, and 20% to 80% of the
+    rows. Right the share of the kept blocks that the untrained mask had dropped, a line a variant.
+
+    Args:
+        masks: rows of the table ``masks``, all of one block size and sparsity, with the column ``variant``.
+    """
+    rows = require(masks, "masks")
+    one_of(rows, "model", "recipe", "block_size", "sparsity")
+    layers = list(dict.fromkeys(rows["scope"]))
+    place = {layer: i for i, layer in enumerate(layers)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.8))
+    for metric, label, colour, shift in (("kept_before", "untrained", "0.6", -0.12), ("kept", "learnt", "C0", 0.12)):
+        cell = _by_layer(rows[(rows["variant"] == "") & (rows["metric"] == metric)])
+        x = [place[layer] + shift for layer in cell.index]
+        spread = [cell["value"] - cell["low"], cell["high"] - cell["value"]]
+        left.errorbar(x, cell["value"], spread, fmt="o", ms=4, color=colour, capsize=2, lw=1, label=label)
+    for (variant, cell), marker in zip(rows[rows["metric"] == "exchanged"].groupby("variant"), cycle("os^vDP*X")):
+        cell = _by_layer(cell)
+        right.plot([place[layer] for layer in cell.index], cell["value"], marker, ms=4, label=_variant_name(variant))
+    drawn_anew = 100 * rows["sparsity"].iloc[0]
+    right.axhline(drawn_anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
+    left.set(ylabel="kept of a row of blocks", ylim=(0, None))
+    right.set(ylabel="exchanged of the kept blocks", ylim=(-3, 103))
+    for axes in (left, right):
+        axes.set_xticks(range(len(layers)), [_layer_name(layer) for layer in layers], rotation=90, size=7)
+        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    legend(figure)
+    return figure
+
+
+def _by_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the seeds, the layers in their order."""
+    return rows.groupby("scope", sort=False)[["value", "low", "high"]].mean()
+
+
+def _layer_name(name: str) -> str:
+    """A layer of a torchvision ViT, short: ``layer 0 mlp.0``."""
+    name = name.replace("encoder.layers.encoder_layer_", "layer ").replace("self_attention.", "")
+    return name.replace(".", " ", 1) if name.startswith("layer ") else name
 
 
 def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:

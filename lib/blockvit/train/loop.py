@@ -95,6 +95,7 @@ def fit(
     accumulate: int | None = None,
     compile: bool | str = False,
     on_epoch: Callable[[History], None] | None = None,
+    stop: Callable[[History], bool] | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -123,6 +124,8 @@ def fit(
             hold at most ``batches.LARGEST_PASS`` pictures each.
         compile: train through ``torch.compile``; a string is its mode, e.g. ``"reduce-overhead"``.
         on_epoch: called after each epoch, in the main process, when its checkpoint is written.
+        stop: asked before each epoch, of several processes in the main one; training ends there once it returns True.
+            The history is then shorter than the recipe, and a later call goes on from ``checkpoint``.
 
     Raises:
         ValueError: ``eval_every`` below 1, fewer training pictures than a batch, a batch that cannot be cut into equal
@@ -157,6 +160,8 @@ def fit(
     )
     with torch.random.fork_rng(_cuda_devices(processes.device)), bar:
         for epoch in range(first, recipe.epochs):
+            if stop is not None and processes.on_main(lambda: stop(history)):
+                break
             started = time.perf_counter()
             torch.manual_seed(seed_of(Chance.MODEL, recipe.seed, epoch, processes.rank))  # dropout
             parts = batches(train, len(data.classes), recipe, epoch, processes, accumulate, num_workers)

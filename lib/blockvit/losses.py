@@ -1,0 +1,145 @@
+"""Points of accuracy lost to sparsity: trained models beside the dense one of the same data, model and recipe.
+
+From the tables alone; no torch. A training's recipe is a line of text there: the data set's, what was changed for all
+trainings of a grid and, behind a plus sign, what a variant does unlike the others:
+``cifar10 epochs=60 + method=spartan``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from .results import newest, published_losses
+
+HEADLINE = (0.7, 0.8, 0.9)
+"""The sparsities that the claims are about and the published losses were measured at."""
+
+TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)", "imagenet": "ImageNet"}
+"""How prose and figures call a data set; one that is not here bears its own name."""
+
+FROZEN = "train_scores=False"
+"""The variant that learns no masks."""
+
+MODEL = ["dataset", "model", "recipe"]
+CELL = [*MODEL, "scope", "variant", "block_size", "sparsity"]
+
+
+def described(dataset: str, changes: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
+    """The line of text for a recipe: ``cifar10 epochs=60 + method=spartan``."""
+
+    def pairs(values: Mapping[str, Any]) -> list[str]:
+        return [f"{name}={value}" for name, value in sorted(values.items())]
+
+    return " ".join([dataset, *pairs(changes), *(["+", *pairs(variant)] if variant else [])])
+
+
+def with_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` with the variant, empty for the reference method, in a column of its own instead of in ``recipe``."""
+    parts = [recipe.partition(" + ") for recipe in rows["recipe"].astype(str)]
+    return rows.assign(recipe=[recipe for recipe, _, _ in parts], variant=[variant for _, _, variant in parts])
+
+
+def of_recipe(rows: pd.DataFrame, changes: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of trainings whose recipe is the data set's with ``changes``; variants of it are among them."""
+    wanted = described("", changes, {}).strip()
+    recipes = with_variants(rows)["recipe"].map(lambda recipe: recipe.partition(" ")[2])
+    return rows[recipes == wanted]
+
+
+def top1(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The accuracies among the rows of the table ``accuracy``, the newest of each training; see ``with_variants``."""
+    return with_variants(newest(accuracy[accuracy["metric"] == "top1"]))
+
+
+def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Points lost against the dense model of the same data set, model and recipe, by cell and variant.
+
+    Args:
+        accuracy: rows of the table of that name, of one device.
+
+    Returns:
+        ``CELL``, and ``top1`` with the ``low`` and ``high`` of the seeds, their number ``seeds``, ``dense_top1``,
+        ``dense_seeds`` and ``lost``. Cells without a dense model to compare with are left out.
+    """
+    rows = top1(accuracy)
+    is_dense = rows["backend"] == "dense"
+    dense = rows[is_dense & (rows["variant"] == "")].groupby(MODEL, as_index=False)["value"].agg(["mean", "count"])
+    sparse = rows[~is_dense].groupby(CELL, as_index=False)["value"].agg(["mean", "min", "max", "count"])
+    cells = sparse.rename(columns={"mean": "top1", "min": "low", "max": "high", "count": "seeds"})
+    cells = cells.merge(dense.rename(columns={"mean": "dense_top1", "count": "dense_seeds"}), on=MODEL)
+    return cells.assign(lost=cells["dense_top1"] - cells["top1"])
+
+
+def reference(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of rows with a ``variant``, those of the reference method."""
+    return cells[cells["variant"] == ""]
+
+
+def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
+    """The cells of ``points_lost`` that have a published loss at their block size and sparsity, with it.
+
+    Returns:
+        Their rows with ``published`` (points of ImageNet top-1), ``source``, and ``within``: no more lost than that.
+    """
+    goals = published_losses().rename(columns={"lost": "published"})
+    both = lost.merge(goals, on=["block_size", "sparsity"])
+    return both.assign(within=both["lost"].round(2) <= both["published"].round(2))
+
+
+def missing(
+    rows: pd.DataFrame, block_sizes: Iterable[int], sparsities: Iterable[float], seeds: Iterable[int]
+) -> list[str]:
+    """Which trainings of a grid ``rows`` (see ``top1``) lack, e.g. ``32×32 at 90%, seed 1``; ``dense, seed 1``."""
+    there = {
+        (None, None, int(r.seed)) if r.backend == "dense" else (int(r.block_size), r.sparsity, int(r.seed))
+        for r in reference(rows).itertuples()
+    }
+    cells = [(None, None), *((b, s) for b in block_sizes for s in sparsities)]
+    return [
+        (f"{b}×{b} at {s:.0%}" if b else "dense") + f", seed {seed}"
+        for seed in seeds
+        for b, s in cells
+        if (b, s, seed) not in there
+    ]
+
+
+def setting(dataset: str, model: str, recipe: str) -> str:
+    """What was trained, for prose: ``CIFAR-10 (JPEG), vit_cifar_small, 6 epochs``; epochs where they were changed."""
+    epochs = re.search(r"\bepochs=(\d+)", recipe)
+    return ", ".join([TITLES.get(dataset, dataset), model, *([f"{epochs[1]} epochs"] if epochs else [])])
+
+
+def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """What was lost, as sentences.
+
+    Args:
+        lost: cells of ``points_lost``, of one model and recipe, by the reference method.
+        compared: those of one block size and sparsity, variants included; may be empty.
+    """
+    if lost.empty:
+        return "no masked model has a dense one to be compared with in the tables."
+    dense, worst = lost["dense_top1"].iloc[0], lost.groupby("sparsity")["lost"].max()
+    text = f"dense {dense:.1f}%. Most points lost by sparsity, over block sizes (mean of seeds): "
+    text += ", ".join(f"{points:.1f} at {s:.0%}" for s, points in worst.items()) + "."
+    beside = beside_published(lost)
+    if len(beside):
+        cells = [
+            f"{row.lost:.1f} where {row.published:.2g} are published ({row.block_size:.0f}×{row.block_size:.0f}, "
+            f"{row.sparsity:.0%})"
+            for row in beside.itertuples()
+        ]
+        text += f" Beside the published losses on ImageNet: {', '.join(cells)}."
+    others, base = compared[compared["variant"] != ""], reference(compared)
+    if len(others) and len(base):
+        best, frozen = others.loc[others["lost"].idxmin()], others[others["variant"] == FROZEN]
+        text += (
+            f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
+            f"{base['lost'].iloc[0]:.1f} points, the best of {len(others)} others {best['lost']:.1f} "
+            f"({best['variant']})"
+        )
+        text += f", masks left as they were drawn {frozen['lost'].iloc[0]:.1f}." if len(frozen) else "."
+    return text

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from blockvit import losses, results
+
+BASE = {
+    "experiment": "accuracy",
+    "device": "cpu",
+    "dataset": "cifar10-jpeg",
+    "model": "vit_cifar",
+    "recipe": "cifar10 epochs=60",
+    "metric": "top1",
+    "scope": "mlp+out_proj+head",
+    "date": "2026-01-01T00:00:00Z",
+}
+
+
+def table(*rows: dict) -> pd.DataFrame:
+    return results._typed(pd.DataFrame([{**BASE, **row} for row in rows], columns=results.COLUMNS))
+
+
+def dense(value: float, seed: int = 0, **more) -> dict:
+    return {"backend": "dense", "scope": "dense", "value": value, "seed": seed, **more}
+
+
+def masked(value: float, block_size: int = 32, sparsity: float = 0.9, seed: int = 0, **more) -> dict:
+    cell = {"backend": "supermask", "block_size": block_size, "sparsity": sparsity}
+    return {**cell, "value": value, "seed": seed, **more}
+
+
+def test_a_recipe_is_described_and_taken_apart_again():
+    text = losses.described("cifar10", {"epochs": 60, "amp": True}, {"scores_lr": 0.01, "method": "spartan"})
+    assert text == "cifar10 amp=True epochs=60 + method=spartan scores_lr=0.01"
+    rows = losses.with_variants(pd.DataFrame({"recipe": [text, "digits"]}))
+    assert rows["recipe"].tolist() == ["cifar10 amp=True epochs=60", "digits"]
+    assert rows["variant"].tolist() == ["method=spartan scores_lr=0.01", ""]
+
+
+def test_rows_of_a_recipe():
+    rows = pd.DataFrame({"recipe": ["cifar10", "cifar10 epochs=6", "cifar10 epochs=6 + method=spartan"]})
+    assert losses.of_recipe(rows, {}).index.tolist() == [0]
+    assert losses.of_recipe(rows, {"epochs": 6}).index.tolist() == [1, 2]
+    empty = losses.of_recipe(rows.iloc[:0], {"epochs": 6})
+    assert empty.empty and list(empty) == ["recipe"]
+
+
+def test_points_lost_are_against_the_mean_of_the_dense_seeds():
+    lost = losses.points_lost(table(dense(90.0), dense(92.0, 1), masked(88.0), masked(87.0, seed=1))).iloc[0]
+    assert (lost["lost"], lost["seeds"], lost["dense_seeds"]) == (3.5, 2, 2)
+    assert (lost["low"], lost["high"], lost["dense_top1"]) == (87.0, 88.0, 91.0)
+
+
+@pytest.mark.parametrize("column", ["dataset", "model", "recipe"])
+def test_models_are_compared_only_with_their_own_dense_one(column):
+    lost = losses.points_lost(table(dense(90.0), masked(88.0), dense(99.0, **{column: "other"})))
+    assert lost["lost"].tolist() == [2.0]
+    assert losses.points_lost(table(dense(90.0), masked(88.0, **{column: "other"}))).empty
+
+
+def test_variants_are_cells_of_their_own_against_the_reference_dense_model():
+    variant = {"recipe": "cifar10 epochs=60 + method=spartan"}
+    lost = losses.points_lost(table(dense(90.0), masked(88.0), masked(89.0, **variant)))
+    assert dict(zip(lost["variant"], lost["lost"], strict=True)) == {"": 2.0, "method=spartan": 1.0}
+    assert losses.reference(lost)["lost"].tolist() == [2.0]
+
+
+def test_the_newest_row_of_a_training_counts():
+    again = masked(85.0, date="2026-02-01T00:00:00Z")
+    assert losses.points_lost(table(dense(90.0), again, masked(88.0)))["lost"].tolist() == [5.0]
+
+
+def test_nothing_lost_without_a_table():
+    assert losses.points_lost(table()).empty and losses.beside_published(losses.points_lost(table())).empty
+
+
+def test_beside_published():
+    """The target: at 32x32 no more lost than the 0.75 points at 80% and the 2.3 at 90% that are published."""
+    cells = [masked(89.25, sparsity=0.8), masked(87.6), masked(80.0, 64), masked(89.0, sparsity=0.5)]
+    beside = losses.beside_published(losses.points_lost(table(dense(90.0), *cells)))
+    found = {(r.block_size, r.sparsity): (round(r.published, 2), r.within) for r in beside.itertuples()}
+    assert found == {(32, 0.8): (0.75, True), (32, 0.9): (2.3, False), (64, 0.9): (18.98, True)}
+
+
+def test_missing_cells_are_named():
+    rows = losses.top1(table(dense(90.0), masked(88.0), masked(88.0, recipe="cifar10 epochs=60 + method=x", seed=1)))
+    assert losses.missing(rows, [32], [0.9, 0.8], [0]) == ["32×32 at 80%, seed 0"]
+    assert losses.missing(rows, [32], [0.9], [1]) == ["dense, seed 1", "32×32 at 90%, seed 1"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "recipe", "expected"),
+    [
+        ("cifar10-jpeg", "cifar10 epochs=6 lr_warmup_epochs=1", "CIFAR-10 (JPEG), m, 6 epochs"),
+        ("cifar10", "cifar10 lr_warmup_epochs=1", "CIFAR-10, m"),
+        ("digits", "digits", "digits, m"),
+    ],
+)
+def test_setting(dataset, recipe, expected):
+    assert losses.setting(dataset, "m", recipe) == expected
+
+
+def test_answer():
+    frozen = {"recipe": f"cifar10 epochs=60 + {losses.FROZEN}"}
+    better = {"recipe": "cifar10 epochs=60 + method=spartan"}
+    lost = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.0, **frozen), masked(89.0, **better)))
+    text = losses.answer(losses.reference(lost), lost)
+    assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
+    assert "3.0 where 2.3 are published (32×32, 90%)" in text
+    assert "the reference method lost 3.0 points, the best of 2 others 1.0 (method=spartan)" in text
+    assert text.endswith("masks left as they were drawn 4.0.")
+    assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))
+    assert losses.answer(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")
