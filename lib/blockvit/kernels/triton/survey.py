@@ -1,0 +1,113 @@
+"""What the compiler makes of our kernels with their default parameters, on GPUs that need not be there: a table.
+
+For notebooks and for tests; imports Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ...bsr import BSRMatrix
+from . import linear as linear_kernel
+from . import offline, packing, parameters
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MULTIPROCESSORS = {80: 108, 90: 132}
+"""Of an A100 and an H100, by compute capability."""
+
+GPUS = {80: "A100 (sm_80)", 90: "H100 (sm_90)"}
+
+
+def linear(
+    arch: int,
+    dtype: str,
+    block_size: int,
+    group: int = 1,
+    precision: str = "tf32x3",
+    *,
+    tokens: int = 50432,
+    out_features: int = 3072,
+    length: float = 300.0,
+    **changes: int,
+) -> tuple[offline.Report, dict[str, int]]:
+    """The block-sparse linear layer with a fused exact GELU, compiled; and the parameters that it was compiled with.
+
+    Args:
+        arch: compute capability times ten, 80 or 90.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        block_size: of the weight.
+        group: block rows a program, see ``packing``.
+        precision: of float32, see ``linear.launch``.
+        tokens: rows of the input.
+        out_features: of the layer.
+        length: inputs that a group reads on average.
+        changes: to the default parameters.
+    """
+    height = group * block_size
+    resources = {"multiprocessors": MULTIPROCESSORS[arch], "shared": offline.SHARED_BYTES[arch]}
+    groups = out_features // height
+    sizes = parameters.default(height, length, DTYPES[dtype].itemsize, precision, tokens, groups, **resources) | changes
+    tensors = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), dtype)
+    tensors |= dict.fromkeys(("crow_ptr", "col_ptr", *(["rows_ptr"] if group > 1 else [])), "i32")
+    constants = {
+        **({} if group > 1 else {"rows_ptr": None}),
+        "order_ptr": None,
+        "ROWS": height,
+        "COLS": block_size,
+        "TRANSPOSED": False,
+        "ACTIVATION": "gelu",
+        "PRECISION": precision,
+        **{name: value for name, value in sizes.items() if name.startswith("BLOCK")},
+    }
+    strides = {"tokens": tokens, "stride_xt": 768, "stride_xi": 1, "stride_yt": out_features}
+    how = {"num_warps": sizes["num_warps"], "num_stages": sizes["num_stages"]}
+    return offline.compile_for(linear_kernel._linear_kernel, arch, tensors, strides, constants, **how), sizes
+
+
+def packed(
+    dtype: str, block_size: int, *, sparsity: float, out_features: int = 3072, in_features: int = 768
+) -> packing.Packed:
+    """A weight of random blocks, grouped as a conversion would group it where nothing was tuned."""
+    blocks = out_features // block_size, in_features // block_size
+    kept = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) >= sparsity
+    weight = kept.to(DTYPES[dtype]).repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    return packing.pack(BSRMatrix.from_dense(weight, block_size))
+
+
+def table(
+    archs: Iterable[int], dtypes: Iterable[str], block_sizes: Iterable[int], *, sparsity: float = 0.9
+) -> pd.DataFrame:
+    """A row a case of ViT-B/16's first MLP layer: block rows a program, its tile, and what it needs of the GPU.
+
+    ``programs`` is how many one multiprocessor holds at once; ``packed`` how many times the blocks of the weight its
+    packed form holds. Takes a second or two a row.
+    """
+    rows: list[dict[str, Any]] = []
+    for arch, dtype, block_size in itertools.product(archs, dtypes, block_sizes):
+        weight = packed(dtype, block_size, sparsity=sparsity)
+        entries, height, _ = weight.values.shape
+        length = entries * block_size / (weight.crow.numel() - 1)
+        report, sizes = linear(arch, dtype, block_size, height // block_size, length=length)
+        rows.append(
+            {
+                "GPU": GPUS[arch],
+                "dtype": dtype if dtype != "fp32" else "fp32 (tf32x3)",
+                "block": block_size,
+                "rows": height // block_size,
+                "packed": round(weight.values.numel() / max(1, int((weight.values != 0).sum())), 1),
+                "tile": "×".join(str(sizes[f"BLOCK_{side}"]) for side in "MNK"),
+                "warps": sizes["num_warps"],
+                "stages": sizes["num_stages"],
+                "registers": report.registers,
+                "spilled bytes": report.spills,
+                "shared KiB": round(report.shared / 1024, 1),
+                "programs": report.programs_at_once(arch),
+                "tensor cores": "wgmma" if report.wgmma else "mma" if report.tensor_cores else "none",
+            }
+        )
+    return pd.DataFrame(rows)
