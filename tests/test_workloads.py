@@ -445,7 +445,7 @@ def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatc
 
     monkeypatch.setattr(tune, "search_torch_bsr", search)
     store = Store(tmp_path / "results")
-    cases = tuning_cases([[32, 64], [64, 64]], [32], [16, 32], 0.5, ["fp32", "tf32", "bf16"])
+    cases = tuning_cases(["torch_tuned", "gather"], [[32, 64], [64, 64]], [32], [16, 32], 0.5, ["fp32", "tf32", "bf16"])
     assert [(c.case.out_features, c.case.block_size) for c in cases] == [(64, 32)] * 2 + [(64, 16)] * 2 + [
         (32, 32),
         (32, 32),
@@ -459,6 +459,29 @@ def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatc
     again = sweep(cases[:3], store, "tuning", effort=SHORT)
     assert again.measured == 0 and len(searched) == 3
     assert cases[0].keys(CPU) == [] and cases[2].keys(CPU), "what was found is in the file, what failed in the table"
+
+
+def test_our_kernel_is_tuned_for_every_precision_class_and_pytorchs_for_every_dtype():
+    cases = tuning_cases(["triton", "torch_tuned"], [[32, 64]], [32], [16], 0.5, ["fp32", "tf32", "bf16"])
+    assert [(case.backend, case.precision) for case in cases] == [
+        ("triton", "fp32"), ("triton", "tf32"), ("torch_tuned", "fp32"), ("triton", "bf16"), ("torch_tuned", "bf16"),
+    ]  # fmt: skip
+
+
+def test_a_precision_class_is_in_force_while_its_parameters_are_searched(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path))
+    seen = []
+
+    def search(case, device):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return tune.Found({"SPLIT_N": 1}, 1.0, None)
+
+    monkeypatch.setitem(tune.TUNERS, "triton", replace(tune.TUNERS["triton"], search=search))
+    cases = tuning_cases(["triton"], [[32, 64]], [32], [16], 0.5, ["fp32", "tf32"])
+    for case in cases:
+        assert case.keys(CPU) and case.measure(CPU, SHORT)[0]["precision"] == case.precision
+    assert seen == ["ieee", "tf32"]
+    assert not any(case.keys(CPU) for case in cases), "each class has its own parameters"
 
 
 # --- 2:4 -------------------------------------------------------------------------------------------------------------

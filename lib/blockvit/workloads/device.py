@@ -77,47 +77,65 @@ class CeilingCase:
 
 @dataclass(frozen=True)
 class TuningCase:
-    """Finding the parameters that PyTorch's BSR kernel runs fastest with, for one product; kept with the package.
+    """Finding the parameters that a kernel runs fastest with, for one product; kept with the package.
 
     What the package has tuned for this GPU already is not tuned again, so it has no row either.
     """
 
     case: tune.Case
+    backend: str = torch_tuned.NAME
+    precision: str = "fp32"
+    """Which class of the case's dtype: our own kernel multiplies float32 in another way where TF32 is allowed."""
 
     def _key(self) -> dict[str, Any]:
         return {
             "model": f"{self.case.out_features}x{self.case.in_features}",
             "scope": "linear",
             "dtype": str(self.case.dtype).removeprefix("torch."),
+            "precision": self.precision,
             "tokens": self.case.tokens,
             "block_size": self.case.block_size,
             "sparsity": self.case.sparsity,
-            "backend": torch_tuned.NAME,
+            "backend": self.backend,
             "metric": "tuning_seconds",
         }
 
     def keys(self, device: torch.device) -> list[dict[str, Any]]:
         """See ``bench.Case``."""
-        known = tuning.find(tuning.device_name(device), torch_tuned.NAME, tune.case_key(self.case))
-        return [] if known else [self._key()]
+        with precision_class(self.precision, device):
+            key = tune.TUNERS[self.backend].key(self.case)
+        return [] if tuning.find(tuning.device_name(device), self.backend, key) else [self._key()]
 
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``; a search is timed once, however long it takes."""
-        (tuned,) = tune.tune_torch_bsr([self.case], device)
+        with precision_class(self.precision, device):
+            (tuned,) = tune.tune(tune.TUNERS[self.backend], [self.case], device)
         if tuned.found is None:
             return [failed_row(RuntimeError("no launch parameters work"), str(self.case), **self._key())]
         return [{**self._key(), "value": tuned.seconds, "unit": "s", "repeats": 1}]
 
 
 def tuning_cases(
+    backends: Iterable[str],
     shapes: Iterable[Sequence[int]],
     tokens: Iterable[int],
     block_sizes: Iterable[int],
     sparsity: float,
-    precisions: Iterable[str],
+    precisions: Sequence[str],
 ) -> list[TuningCase]:
-    """Every product of a grid at one sparsity, the largest layers first; precision classes of a dtype share it."""
+    """Every product of a grid at one sparsity, the largest layers first, for those of ``backends`` that can be tuned.
+
+    PyTorch's kernel has the same parameters for all precision classes of a dtype.
+    """
     largest_first = sorted((tuple(shape) for shape in shapes), key=lambda shape: -shape[0] * shape[1])
-    dtypes = dict.fromkeys(DTYPES[precision] for precision in precisions)
-    cases = tune.make_cases(largest_first, block_sizes=block_sizes, dtypes=dtypes, tokens=tokens, sparsities=[sparsity])
-    return [TuningCase(case) for case in cases]
+    classes = {dtype: [p for p in precisions if DTYPES[p] == dtype] for dtype in (DTYPES[p] for p in precisions)}
+    cases = tune.make_cases(
+        largest_first, block_sizes=block_sizes, dtypes=classes, tokens=tokens, sparsities=[sparsity]
+    )
+    able = [backend for backend in backends if backend in tune.TUNERS]
+    return [
+        TuningCase(case, backend, precision)
+        for case in cases
+        for backend in able
+        for precision in classes[case.dtype][: 1 if backend == torch_tuned.NAME else None]
+    ]
