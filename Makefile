@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= laptop
 DATA ?=
+CHECKPOINT ?=
 ARGS ?=
 TEST_BUDGET_S ?= 60
 
@@ -23,6 +24,7 @@ help:  ## show this list
 	@echo '  variables: PYTHON=python3.12   the interpreter that the environment is made from'
 	@echo '             PROFILE=laptop      a file of notebooks/profiles'
 	@echo '             DATA=/path          folder of the data sets, for profiles that need one'
+	@echo '             CHECKPOINT=/path    a published checkpoint, e.g. sp0.80-ts32.pth: evaluate it, train nothing'
 	@echo '             ARGS="-p seeds=[0]" more options for the pipeline; see make reproduce ARGS=--help'
 
 install: $(STAMP)  ## create .venv with the pinned dependencies and this package, editable
@@ -55,7 +57,7 @@ $(ENGINES): $(STAMP)
 	fi
 
 reproduce: $(STAMP) $(if $(filter gpu,$(PROFILE)),$(BASELINES)) $(if $(filter laptop,$(PROFILE)),$(ENGINES))  ## run all notebooks in order; write tables, figures and a report
-	@$(BIN)/python -m blockvit.pipeline --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+	@$(BIN)/python -m blockvit.pipeline --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 # Every step runs, whatever failed before it. The notebooks start from empty folders, so that they measure, but less than
 # `make reproduce` does: each sweep ends with the group that is on after $(TEST_BUDGET_S) seconds.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
+from torchvision.transforms import InterpolationMode, v2
 
 from blockvit import data, models, train
 
@@ -129,6 +130,28 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     assert np.array_equal(cifar.test.images.numpy().reshape(4, 3072), stored)
 
 
+def test_both_layouts_of_cifar10_are_one_data_set(tmp_path, monkeypatch):
+    """The same pictures as pickles and as an ImageFolder: the same tensors but for their order, the same training."""
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    pickles = data.load("cifar10", write_cifar_pickles(tmp_path / "pickles", count=10))
+    for split, part in (("train", pickles.train), ("test", pickles.test)):
+        for number, (picture, label) in enumerate(zip(*part[:], strict=True)):
+            folder = tmp_path / "folder" / split / pickles.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
+    folder = data.load("cifar10", tmp_path / "folder")
+    assert (folder.classes, folder.image_size) == (pickles.classes, pickles.image_size)
+    for one, other in ((pickles.train, folder.train), (pickles.test, folder.test)):
+        order = one.labels.argsort(stable=True)  # an ImageFolder comes class by class
+        assert torch.equal(one.images[order], other.images) and torch.equal(one.labels[order], other.labels)
+        assert (one.mean, one.std) == (other.mean, other.std)
+    recipe = train.Recipe(epochs=1, batch_size=10, lr=1e-3, hflip=True, random_crop_padding=2)
+    for splits in (pickles, folder):
+        model = models.create("vit_cifar", num_layers=1, hidden_dim=24, mlp_dim=24, num_heads=2)
+        assert math.isfinite(train.fit(model, splits, recipe, progress=False).epochs[0]["train_loss"])
+
+
 @pytest.fixture
 def decodes(monkeypatch):
     calls = []
@@ -199,6 +222,69 @@ def test_train_transform_varies_eval_transform_does_not():
     assert torch.equal(evaluate(picture), evaluate(picture))
     names = [type(step).__name__ for step in data.train_transform(32, hflip=False).transforms]
     assert names == ["PILToTensor", "RandomResizedCrop"]
+
+
+def preset(*steps):
+    """torchvision's reference preset, its steps on Pillow's pictures."""
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(320, 240), (200, 300)])
+def test_sizes_of_evaluation_are_those_of_the_recipe_of_vit_b_16(size, interpolation):
+    """224 out of 256, like the reference on Pillow's pictures but for rounding."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    ours = data.eval_transform(224, interpolation=interpolation)(picture)
+    assert torch.equal(ours, data.eval_transform(224, 256, interpolation=interpolation)(picture))
+    resize = v2.Resize(256, interpolation=InterpolationMode(interpolation), antialias=True)
+    expected = preset(resize, v2.CenterCrop(224))(picture)
+    assert ours.shape == (3, 224, 224)
+    assert (ours.int() - expected.int()).abs().max() <= 2
+    other = data.eval_transform(224, 288, interpolation=interpolation)(picture)
+    assert (ours.int() - other.int()).abs().max() > 20
+
+
+def test_training_crops_as_the_reference_does():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((320, 240))
+    torch.manual_seed(1)
+    ours = data.train_transform(64, hflip=True)(picture)
+    torch.manual_seed(1)
+    expected = preset(v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip())(picture)
+    assert (ours.int() - expected.int()).abs().max() <= 2
+    torch.manual_seed(1)
+    assert not torch.equal(data.train_transform(64, hflip=True, interpolation="nearest")(picture), ours)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.eval_transform(224, 200), "val_crop_size is 224 and val_resize_size 200; expected a crop of"),
+        (lambda: data.eval_transform(0), "val_crop_size is 0"),
+        (
+            lambda: data.eval_transform(8, interpolation="bilinaer"),
+            r"unknown interpolation 'bilinaer' \(did you mean 'bil",
+        ),
+        (lambda: data.train_transform(8, interpolation="lanczos"), "unknown interpolation 'lanczos'; expected one of"),
+    ],
+    ids=["crop", "zero", "typo", "Pillow only"],
+)
+def test_sizes_and_interpolations_that_do_not_exist(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_pictures_to_evaluate_on_need_no_pictures_to_train_on(tmp_path):
+    write_folder(tmp_path, ("val",), size=60)
+    images, classes = data.evaluation(tmp_path, val_crop_size=48, val_resize_size=50)
+    assert (classes, len(images)) == (CIFAR_CLASSES, 6)
+    assert images[4][0].shape == (3, 48, 48) and images[4][1] == 1
+    with pytest.raises(FileNotFoundError, match=r"test does not exist; expected"):
+        data.evaluation(tmp_path / "val")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"different classes: only val/ has dog\. Expected"):
+        data.evaluation(tmp_path)
 
 
 def test_unknown_name():

@@ -114,6 +114,21 @@ def test_profile_chooses_its_notebooks(study):
     assert names(planned(study)) == ["01_first", "02_second"]
 
 
+def test_a_published_checkpoint_runs_only_the_notebooks_that_take_one(study, monkeypatch):
+    """Nothing is trained for it; what --only names is run all the same, if it takes one."""
+    write_notebook(
+        study, "03_third", 'profile = "laptop"\ncheckpoint = None\ndata_root = None', "1", "2", title="Third?"
+    )
+    ran = {}
+    monkeypatch.setattr(pipeline, "execute", lambda notebook, values, *_, **__: ran.update({notebook.name: values}))
+    monkeypatch.chdir(study)
+    pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", data="pictures", output=io.StringIO())
+    paths = {"checkpoint": str(study / "sp0.80-ts32.pth"), "data_root": str(study / "pictures")}
+    assert ran == {"03_third": {**paths, "profile": "laptop"}}
+    with pytest.raises(pipeline.UsageError, match="unknown parameter 'checkpoint'"):
+        pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", only=["01_first"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,6 +137,7 @@ def test_profile_chooses_its_notebooks(study):
         ({"parameters": {"sedes": [1]}}, "unknown parameter 'sedes'; did you mean 'seeds'"),
         ({"only": ["02_second"], "parameters": {"seeds": [1]}}, "unknown parameter 'seeds'"),
         ({"only": ["02_second"], "data": "/data"}, "unknown parameter 'data_root'"),
+        ({"checkpoint": "sp0.80-ts32.pth"}, "unknown parameter 'checkpoint'"),
         ({"only": ["01_first"], "remeasure": True}, "unknown parameter 'remeasure'"),
         ({"parameters": {"profile": "big"}}, "choose it with --profile"),
         ({"parameters": {"seeds": 3}}, r"01_first: parameter 'seeds' is given 3, expected a list .*\[0, 1\]"),

@@ -11,7 +11,7 @@ from PIL import Image
 from superblock_reference import published, write
 from torch import nn
 
-from blockvit import data, models, results
+from blockvit import data, models, notebook, pipeline, results
 from blockvit import published as command
 from blockvit.published import APPLIED, LEFT_OUT, RECIPE, PublishedCheckpoint, evaluate
 
@@ -87,7 +87,7 @@ def test_applying_them_all_the_same_is_another_model(study):
 def test_rows_say_what_was_evaluated_and_how(study, tmp_path):
     opened = checkpoint(study)
     store = results.Store(tmp_path)
-    store.append(evaluate(opened, study, backend="gather", **EXACT).rows(opened, "imagenet", "cpu"))
+    store.append(evaluate(opened, study, backend="gather", **EXACT).rows(opened, "cpu"))
     rows = store.read("accuracy")
     top1 = rows[rows["metric"] == "top1"]
     assert sorted(zip(top1["backend"], top1["value"], strict=True)) == [("folded", 100.0), ("gather", 100.0)]
@@ -196,3 +196,30 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
         assert command.main([*arguments, "--device", "cpu", *wrong]) == 1
         assert message in capsys.readouterr().err
     assert len(results.Store(tmp_path).read("accuracy")) == 3
+
+
+@pytest.mark.slow
+def test_notebook_2_takes_it_in_place_of_a_trained_model(study, tmp_path):
+    """As ``make reproduce CHECKPOINT=...`` runs it: the only notebook, with nothing trained before it."""
+    home = results.repository()
+    notebooks = pipeline.find_notebooks(home / "notebooks")
+    assert [each.name for each in notebooks if "checkpoint" in each.defaults] == ["02_fold"]
+    fold = next(each for each in notebooks if each.name == "02_fold")
+    values = {
+        "checkpoint": str(study / "sp0.80-ts16.pth"),
+        "data_root": str(study),
+        "dataset": "imagenet",
+        "model": MODEL,
+        "large_model": MODEL,
+        "large_block_size": 16,
+    }
+    environment = {f"BLOCKVIT_{name}": str(tmp_path / name.lower()) for name in ("RESULTS", "FIGURES", "CACHE")}
+    environment |= {"BLOCKVIT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    notebook.execute(fold, values, tmp_path / "02_fold.ipynb", environment=environment)
+    assert not (tmp_path / "cache" / "checkpoints").exists(), "nothing was trained"
+    text = (tmp_path / "02_fold.ipynb").read_text()
+    assert "vit_digits-published-bs16-sp0.80: " in text and "of 60 pictures" in text and LEFT_OUT in text
+    store = results.Store(tmp_path / "results")
+    assert set(store.read("accuracy")["recipe"]) == {RECIPE}
+    folded = store.read("conversion").set_index("metric")
+    assert folded.loc["fold_difference", "recipe"] == RECIPE and folded.loc["fold_difference", "value"] == 0

@@ -84,6 +84,7 @@ def reproduce(
     profile: str = DEFAULT_PROFILE,
     *,
     data: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike | None = None,
     only: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
     remeasure: bool = False,
@@ -98,6 +99,8 @@ def reproduce(
     Args:
         profile: a file of ``notebooks/profiles``, without its ending.
         data: the data sets' folder, for the notebooks that have a ``data_root``.
+        checkpoint: a published checkpoint, for the notebooks that have a ``checkpoint``; unless ``only`` says
+            otherwise, only they are run, because there is nothing to train.
         only: names of the notebooks to run; empty means the profile's choice, or all.
         parameters: values that override the profile's in each notebook that has the parameter.
         remeasure: measure again what has been measured already.
@@ -122,11 +125,14 @@ def reproduce(
     """
     root = Path(root).resolve() if root else _repository()
     output = output or sys.stdout
-    overrides: dict[str, Any] = {"data_root": str(Path(data).expanduser().resolve())} if data else {}
+    paths = {"data_root": data, "checkpoint": checkpoint}
+    overrides: dict[str, Any] = {name: str(Path(path).expanduser().resolve()) for name, path in paths.items() if path}
     overrides |= {"remeasure": True} if remeasure else {}
     overrides |= parameters or {}
 
     notebooks = find_notebooks(root / "notebooks")
+    if checkpoint:
+        only = only or [notebook.name for notebook in notebooks if "checkpoint" in notebook.defaults]
     chosen = read_profile(root / "notebooks" / "profiles", profile, notebooks)
     steps = plan(notebooks, chosen, only=only, overrides=overrides)
     if publish:
@@ -567,6 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reproduce(
             options.profile,
             data=options.data,
+            checkpoint=options.checkpoint,
             only=options.only,
             parameters=_parse_parameters(options.parameters),
             remeasure=options.remeasure,
@@ -592,6 +599,9 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", default=DEFAULT_PROFILE, help="a file of notebooks/profiles (default: %(default)s)"
     )
     parser.add_argument("--data", metavar="PATH", help="folder of the data sets, for profiles that need one")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", help="a published checkpoint: run only the notebooks that take one"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NOTEBOOK", help="run these, e.g. 03_microbenchmarks")
     parser.add_argument(
         "-p",

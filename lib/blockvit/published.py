@@ -44,6 +44,7 @@ class PublishedCheckpoint:
         sparsity: that it was trained with.
         block_size: of its masks.
         model: the architecture, by its name in ``models``.
+        dataset: what it was trained on, for the tables.
         apply_out_proj_masks: apply the masks of attention output projections, which the reference never did.
     """
 
@@ -51,6 +52,7 @@ class PublishedCheckpoint:
     sparsity: float
     block_size: int
     model: str = "vit_b_16"
+    dataset: str = "imagenet"
     apply_out_proj_masks: bool = False
 
     @classmethod
@@ -61,6 +63,7 @@ class PublishedCheckpoint:
         sparsity: float | None = None,
         block_size: int | None = None,
         model: str = "vit_b_16",
+        dataset: str = "imagenet",
         apply_out_proj_masks: bool = False,
     ) -> PublishedCheckpoint:
         """Take ``sparsity`` and ``block_size`` from the file's name, where they are not given.
@@ -81,7 +84,7 @@ class PublishedCheckpoint:
                 f"{path.name} does not tell sparsity and block size, as names like sp0.80-ts32.pth do; pass them: "
                 "--sparsity 0.8 --block-size 32, or to notebooks checkpoint_sparsity=0.8 checkpoint_block_size=32"
             )
-        return cls(path, sparsity, block_size, model, apply_out_proj_masks)
+        return cls(path, sparsity, block_size, model, dataset, apply_out_proj_masks)
 
     @property
     def name(self) -> str:
@@ -124,12 +127,12 @@ class PublishedCheckpoint:
             for name in superblock.masked_layers(superblock.read_superblock(self.path))
         }
 
-    def key(self, dataset: str = "imagenet", **more: Any) -> dict[str, Any]:
+    def key(self, **more: Any) -> dict[str, Any]:
         """The key columns of its rows; ``scope`` names the layers whose masks are applied."""
         applied = [name for name, what in self.masks.items() if what == APPLIED]
         scope = [target for target in BLOG_TARGETS if any(name_matches(name, target) for name in applied)]
         return {
-            "dataset": dataset,
+            "dataset": self.dataset,
             "model": self.model,
             "scope": "+".join(scope),
             "dtype": "float32",
@@ -159,7 +162,7 @@ class Evaluation:
     damaged: int
     layers: pd.DataFrame
 
-    def rows(self, checkpoint: PublishedCheckpoint, dataset: str, device: torch.device | str) -> list[dict[str, Any]]:
+    def rows(self, checkpoint: PublishedCheckpoint, device: torch.device | str) -> list[dict[str, Any]]:
         """Rows for the tables: the accuracy before and after conversion, and of how many pictures."""
         where = {"experiment": "accuracy", **bench.environment(device), "group": results.new_group()}
         found = [(backend, "top1", value, "%") for backend, value in self.top1.items()]
@@ -167,7 +170,7 @@ class Evaluation:
         return [
             {
                 **where,
-                **checkpoint.key(dataset, backend=backend, metric=metric, unit=unit),
+                **checkpoint.key(backend=backend, metric=metric, unit=unit),
                 "value": value,
                 "repeats": 1,
             }
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(found.layers.drop(columns="kind").to_string(index=False))
     for backend, value in found.top1.items():
         print(f"{checkpoint.name}, {backend}: {value:.2f}% of {found.pictures} pictures")
-    results.Store().append(found.rows(checkpoint, "imagenet", options.device))
+    results.Store().append(found.rows(checkpoint, options.device))
     return 0
 
 
