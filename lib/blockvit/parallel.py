@@ -50,7 +50,7 @@ def map_cells(
     """
     check_importable(fn)
     cells = list(cells)
-    workers = _usable_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; expected at least 1, or None for one a core")
     return _run(fn, cells, min(workers, len(cells))) if cells else iter(())
@@ -96,7 +96,8 @@ def check_importable(fn: Callable[..., Any]) -> None:
         )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     # Under a CPU limit of the container or batch system, os.cpu_count() still counts the whole machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
