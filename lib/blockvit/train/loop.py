@@ -90,11 +90,11 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = True,
     eval_every: int = 1,
+    on_epoch: Callable[[History], None] | None = None,
     progress: bool = True,
     num_workers: int = 0,
     accumulate: int | None = None,
     compile: bool | str = False,
-    on_epoch: Callable[[History], None] | None = None,
     stop: Callable[[History], bool] | None = None,
 ) -> History:
     """Train ``model`` in place.
@@ -118,12 +118,12 @@ def fit(
             run bit for bit; if all epochs are done they are loaded, and nothing is trained. Another number of processes
             may go on.
         eval_every: evaluate after every so many epochs, and after the last.
+        on_epoch: called after each epoch, in the main process, when its checkpoint is written.
         progress: show a progress bar (the main process does).
         num_workers: processes that decode ``ImageFiles`` for each training process.
         accumulate: forward passes that each process cuts its part of a batch into, to save memory; None: as many as
             hold at most ``batches.LARGEST_PASS`` pictures each.
         compile: train through ``torch.compile``; a string is its mode, e.g. ``"reduce-overhead"``.
-        on_epoch: called after each epoch, in the main process, when its checkpoint is written.
         stop: asked before each epoch, of several processes in the main one; training ends there once it returns True.
             The history is then shorter than the recipe, and a later call goes on from ``checkpoint``.
 
@@ -178,7 +178,7 @@ def fit(
                 processes.on_main(lambda state=state: save_atomically(state, path))
             if on_epoch and processes.is_main:
                 on_epoch(history)
-    trainer.hand_over()
+    trainer.hand_over(after=len(history.epochs))
     return history
 
 
@@ -360,9 +360,9 @@ class _Trainer:
         self.masks.apply(model, after * self.steps)
         return model
 
-    def hand_over(self) -> None:
-        """Put the averaged weights into the caller's model, its masks as at the end."""
-        self.masks.apply(self.model, self.recipe.epochs * self.steps)
+    def hand_over(self, after: int) -> None:
+        """Put the averaged weights into the caller's model, its masks as after so many epochs."""
+        self.masks.apply(self.model, after * self.steps)
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
 
