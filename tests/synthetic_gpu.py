@@ -42,6 +42,18 @@ def linear_rows() -> Iterator[dict[str, Any]]:
                 yield _latency(done, backend=backend, block_size=block, sparsity=sparsity, **key, **group)
 
 
+def mlp_rows() -> Iterator[dict[str, Any]]:
+    speed = {"triton": 0.7, "triton+mlp": 0.9, "torch_tuned": 0.45}
+    for precision, tokens, sparsity, block in itertools.product(PEAK, (50432, 197), (0.9, 0.8), (64, 32, 16)):
+        key = {"experiment": "mlp", "scope": "mlp", "model": "768x3072x768", "tokens": tokens, "precision": precision}
+        group, seconds = {"group": new_group()}, 4 * 768 * 3072 * tokens / PEAK[precision] / 0.8 + 4e-6
+        for mode, factor in {"eager": 1.0, "max-autotune": 0.9}.items():
+            yield {**_latency(seconds * factor, backend="dense", **key, **group), "compile": mode}
+        for backend, share in speed.items():
+            done = seconds * (1 - sparsity) / (share * (block / 64) ** 0.3) + 5e-6
+            yield _latency(done, backend=backend, block_size=block, sparsity=sparsity, **key, **group)
+
+
 def vit_rows(model: str = "vit_b_16", share: float = 0.635) -> Iterator[dict[str, Any]]:
     for precision, batch, scope in itertools.product(("fp32", "bf16"), (1, 4, 16, 64, 256), ("mlp", "mlp+attention")):
         key = {"experiment": "vit", "model": model, "batch_size": batch, "precision": precision}
@@ -54,7 +66,7 @@ def vit_rows(model: str = "vit_b_16", share: float = 0.635) -> Iterator[dict[str
                 yield {**held, "metric": metric, "value": value, "unit": "B"}
             for mode, factor in modes.items():
                 yield _latency(dense * factor, backend="dense", scope="dense", compile=mode, **key, **group)
-            for (backend, speed), (mode, factor) in itertools.product(SPEED.items(), modes.items()):
+            for (backend, speed), (mode, factor) in itertools.product({"triton+mlp": 0.9, **SPEED}.items(), modes.items()):
                 part = (1 - sparsity) / (speed * (block / 16) ** 0.3) * share
                 sparse = {"backend": backend, "scope": scope, "block_size": block, "sparsity": sparsity}
                 yield _latency(dense * factor * (1 - share + part), compile=mode, **sparse, **key, **group)
@@ -74,5 +86,5 @@ def ceiling_rows() -> Iterator[dict[str, Any]]:
 
 def fill(store: Store) -> Store:
     """Write the whole grid of the gpu profile into ``store``."""
-    store.append([*linear_rows(), *vit_rows(), *vit_rows("vit_h_14", 0.65), *ceiling_rows()])
+    store.append([*linear_rows(), *mlp_rows(), *vit_rows(), *vit_rows("vit_h_14", 0.65), *ceiling_rows()])
     return store

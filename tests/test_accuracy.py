@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
 
-from blockvit import accuracy, bench
+from blockvit import accuracy, bench, losses, notebook, pipeline, results
 from blockvit.accuracy import AccuracyCell, cells
 from blockvit.results import Store
 from blockvit.supermask import num_kept, supermask_layers
@@ -283,6 +287,153 @@ def test_masks(trained):
         assert learnt[name].shape == random[name].shape
         assert learnt[name].sum() == random[name].sum() == num_kept(learnt[name].size, 0.5)
     assert any((learnt[name] != random[name]).any() for name in learnt)
+
+
+def ten_classes(seed: int, count: int) -> np.ndarray:
+    """``count`` noisy pictures of each of ten colours, class after class: uint8 ``(10 * count, 32, 32, 3)``."""
+    rng = np.random.default_rng(seed)
+    colours = np.repeat(np.arange(10) * 25, count)[:, None, None, None]
+    return (colours + rng.integers(0, 6, (10 * count, 32, 32, 3))).astype(np.uint8)
+
+
+TRAIN, TEST = ten_classes(0, 5), ten_classes(1, 2)
+
+
+def as_folder(root: Path, suffix: str) -> Path:
+    """An ImageFolder with ``TRAIN`` and ``TEST``."""
+    for split, pictures in (("train", TRAIN), ("test", TEST)):
+        for i, picture in enumerate(pictures):
+            folder = root / split / f"class{10 * i // len(pictures)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{i:03}.{suffix}")
+    return root
+
+
+def as_torchvisions_files(root: Path) -> Path:
+    """The same in the layout of ``torchvision.datasets.CIFAR10``."""
+    base = root / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name: str, pictures: np.ndarray, labels: list[int]) -> None:
+        flat = pictures.transpose(0, 3, 1, 2).reshape(len(pictures), -1)
+        (base / name).write_bytes(pickle.dumps({"data": flat, "labels": labels}))
+
+    for i, (name, _) in enumerate(CIFAR10.train_list):
+        write(name, TRAIN[10 * i : 10 * i + 10], [2 * i] * 5 + [2 * i + 1] * 5)
+    write(CIFAR10.test_list[0][0], TEST, [c for c in range(10) for _ in range(2)])
+    names = {"label_names": [f"class{c}" for c in range(10)]}
+    (base / CIFAR10.meta["filename"]).write_bytes(pickle.dumps(names))
+    return root
+
+
+def test_a_folder_and_torchvisions_files_are_trained_on_alike(monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    grid = [AccuracyCell("cifar10", "vit_cifar_small"), AccuracyCell("cifar10", "vit_cifar_small", 32, 0.9)]
+    recipe = {"epochs": 1, "batch_size": 10, "lr_warmup_epochs": 0}
+    sources = {
+        "files": as_torchvisions_files(tmp_path / "files"),
+        "png": as_folder(tmp_path / "png", "png"),
+        "jpg": as_folder(tmp_path / "jpg", "jpg"),
+    }
+    found, labels = {}, {}
+    for name, root in sources.items():
+        store, cache = Store(tmp_path / f"{name}-results"), tmp_path / f"{name}-cache" / "checkpoints"
+        how = {"checkpoints": cache, "data_root": str(root), "recipe": recipe}
+        assert accuracy.run(grid, store, **how).measured == 2
+        assert accuracy.run(grid, store, **how).kept == 2
+        rows = pd.concat([store.read(table) for table in ("accuracy", "training", "masks")])
+        labels[name] = set(rows["dataset"])
+        found[name] = rows[rows["metric"] != "train_seconds"][["scope", "metric", "value"]].to_numpy().tolist()
+    assert labels == {"files": {"cifar10"}, "png": {"cifar10"}, "jpg": {"cifar10-jpeg"}}
+    assert found["files"] == found["png"]
+    assert found["jpg"] != found["png"]
+
+
+def test_a_killed_run_loses_the_current_epoch_at_most(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "map_cells", in_this_process)
+    epochs, fit = [], accuracy.fit
+
+    def dying(*arguments, stop, **more):
+        def die_after_one_epoch(history):
+            epochs.append(len(history.epochs))
+            if epochs == [0, 1]:
+                raise KeyboardInterrupt
+            return False
+
+        return fit(*arguments, stop=die_after_one_epoch, **more)
+
+    monkeypatch.setattr(accuracy, "fit", dying)
+    store = Store(tmp_path)
+    how = {"checkpoints": tmp_path / "cache" / "checkpoints", "recipe": RECIPE}
+    with pytest.raises(KeyboardInterrupt):
+        accuracy.run(GRID[1:], store, **how)
+    assert store.read("accuracy").empty
+    assert accuracy.run(GRID[1:], store, **how).measured == 1
+    assert epochs == [0, 1, 1], "the epoch before the kill is not trained again"
+    curves = [s.read("training").query("backend == 'supermask'") for s in (store, trained.store)]
+    assert curves[0]["value"].tolist() == curves[1]["value"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "cores", "expected"),
+    [
+        ("cpu", "vit_digits", 16, None),
+        ("cuda", "vit_cifar", 16, 4),
+        ("cuda", "vit_cifar", 2, 1),
+        ("cuda", "vit_b_16", 16, 1),
+    ],
+)
+def test_as_many_processes_as_the_device_has_use_for(monkeypatch, device, model, cores, expected):
+    monkeypatch.setattr(accuracy.os, "cpu_count", lambda: cores)
+    assert accuracy._workers(device, [AccuracyCell("cifar10", model)]) == expected
+
+
+def made_up_rows(cell: AccuracyCell, top1: float, recipe: dict) -> list[dict]:
+    rows = [{"experiment": "accuracy", "metric": "top1", "value": top1, "unit": "%"}]
+    if cell.sparsity:
+        masks = {"kept": 10.0, "kept_before": 10.0, "exchanged": 30.0}
+        rows += [
+            {
+                "experiment": "masks",
+                "scope": f"encoder.layers.encoder_layer_{i}.mlp.0",
+                "metric": metric,
+                "value": value,
+            }
+            | {"low": value, "high": value}
+            for i in range(7)
+            for metric, value in masks.items()
+        ]
+    text = losses.described("cifar10", recipe, dict(cell.variant))
+    common = {"device": "made-up GPU", "recipe": text, "torch": "2"}
+    return [{**cell.key(dataset="cifar10-jpeg"), **common, **row} for row in rows]
+
+
+def test_the_notebook_draws_a_grid_that_was_cut_short(tmp_path):
+    """Dense, 90% and 80% in blocks of 32 and one variant, of the profile cifar10: the figures show that and no more."""
+    folder = results.repository() / "notebooks"
+    notebooks = pipeline.find_notebooks(folder)
+    profile = pipeline.read_profile(folder / "profiles", "cifar10", notebooks)
+    recipe = profile.shared["recipe"]
+    dense, at90, at80 = cells("cifar10", "vit_cifar", [32], [0.9, 0.8], [0])
+    (spartan,) = accuracy.variants("cifar10", "vit_cifar", 32, 0.9, [{"method": "spartan"}])
+    store = Store(tmp_path / "results")
+    for cell, top1 in ((dense, 90.0), (at90, 87.0), (at80, 89.5), (spartan, 88.5)):
+        store.append(made_up_rows(cell, top1, recipe))
+    given = {"results_dir": str(store.root), "draw_for": "made-up GPU", "dataset": "cifar10-jpeg"}
+    ((chosen, values),) = pipeline.plan(notebooks, profile, only=["05_accuracy"], overrides=given)
+    environment = {"BLOCKVIT_HOME": str(results.repository()), "BLOCKVIT_FIGURES": str(tmp_path / "figures")}
+    notebook.execute(chosen, values, tmp_path / "05.ipynb", environment=environment)
+    drawn = {path.stem for path in (tmp_path / "figures" / "cifar10").glob("*.svg")}
+    assert drawn == {"accuracy", "accuracy_variants", "mask_changes"}
+    text = (tmp_path / "05.ipynb").read_text()
+    assert "3 trainings in the tables" in text
+    assert "not measured, seed 0: 16×16 at 50%, 60%, 70%, 80%, 85%, 90%, 95%; 32×32 at 50%, 60%, 70%, 85%, 95%;" in text
+    assert "not measured, seed 1: dense;" in text
+    assert "not measured: the speed of a model whose accuracy is known" in text
+    assert "CIFAR-10 (JPEG), vit_cifar, 60 epochs: dense 90.0%." in text
+    assert "3.0 where 2.3 are published" in text and "the best of 1 others 1.5 (method=spartan)" in text
 
 
 def test_an_empty_grid_trains_nothing(tmp_path):

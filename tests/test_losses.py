@@ -84,9 +84,11 @@ def test_beside_published():
 
 
 def test_missing_cells_are_named():
-    rows = losses.top1(table(dense(90.0), masked(88.0), masked(88.0, recipe="cifar10 epochs=60 + method=x", seed=1)))
-    assert losses.missing(rows, [32], [0.9, 0.8], [0]) == ["32×32 at 80%, seed 0"]
-    assert losses.missing(rows, [32], [0.9], [1]) == ["dense, seed 1", "32×32 at 90%, seed 1"]
+    variant = masked(88.0, recipe="cifar10 epochs=60 + method=x", seed=1)
+    rows = losses.top1(table(dense(90.0), masked(88.0), variant))
+    assert losses.missing(rows, [32], [0.9], [0]) == {}
+    assert losses.missing(rows, [16, 32], [0.9, 0.8], [0]) == {0: ["16×16 at 90%, 80%", "32×32 at 80%"]}
+    assert losses.missing(rows, [32], [0.9], [0, 1]) == {1: ["dense", "32×32 at 90%"]}
 
 
 @pytest.mark.parametrize(

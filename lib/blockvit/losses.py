@@ -92,19 +92,16 @@ def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
 
 def missing(
     rows: pd.DataFrame, block_sizes: Iterable[int], sparsities: Iterable[float], seeds: Iterable[int]
-) -> list[str]:
-    """Which trainings of a grid ``rows`` (see ``top1``) lack, e.g. ``32×32 at 90%, seed 1``; ``dense, seed 1``."""
-    there = {
-        (None, None, int(r.seed)) if r.backend == "dense" else (int(r.block_size), r.sparsity, int(r.seed))
-        for r in reference(rows).itertuples()
-    }
-    cells = [(None, None), *((b, s) for b in block_sizes for s in sparsities)]
-    return [
-        (f"{b}×{b} at {s:.0%}" if b else "dense") + f", seed {seed}"
-        for seed in seeds
-        for b, s in cells
-        if (b, s, seed) not in there
-    ]
+) -> dict[int, list[str]]:
+    """Which trainings of a grid ``rows`` (see ``top1``) lack, by seed: ``{1: ["dense", "32×32 at 80%, 90%"]}``."""
+    there = set(reference(rows)[["seed", "block_size", "sparsity"]].fillna(0).itertuples(index=False, name=None))
+    sparsities, found = list(sparsities), {}
+    for seed in seeds:
+        found[seed] = [] if (seed, 0, 0) in there else ["dense"]
+        for block in block_sizes:
+            lacking = [f"{s:.0%}" for s in sparsities if (seed, block, s) not in there]
+            found[seed] += [f"{block}×{block} at {', '.join(lacking)}"] if lacking else []
+    return {seed: cells for seed, cells in found.items() if cells}
 
 
 def setting(dataset: str, model: str, recipe: str) -> str:
