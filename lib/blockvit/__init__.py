@@ -6,6 +6,7 @@ from .checkpoint import load, load_superblock, read_metadata, save
 from .fold import fold, layer_fates, model_bytes, to_block_sparse
 from .kernels import BackendUnavailableError, backends
 from .linear import BlockSparseLinear
+from .sparse_training import train_sparse
 from .supermask import SupermaskConv2d, SupermaskLinear, sparsify
 
 __version__ = "0.1.0"
@@ -28,4 +29,5 @@ __all__ = [
     "save",
     "sparsify",
     "to_block_sparse",
+    "train_sparse",
 ]
