@@ -1,10 +1,11 @@
 """Finding launch parameters for this machine's GPU: ``python -m blockvit.tune``.
 
-PyTorch's BSR kernel knows good parameters for a few shapes on an A100 only. Its own search for them,
-``torch.sparse._triton_ops_meta.tune_bsr_dense_addmm``, is run here, one case after the other within a time limit, and
-what it finds is stored at once (``kernels.tuning``), where the backend ``torch_tuned`` reads it.
+One case after the other is searched within a time limit, and what is found is stored at once (``kernels.tuning``),
+where the backend reads it. For ``torch_tuned``, PyTorch's BSR kernel, which knows good parameters for a few shapes on an
+A100 only, its own search is run, ``torch.sparse._triton_ops_meta.tune_bsr_dense_addmm``; ``triton`` is our own kernel.
 
     python -m blockvit.tune                                          # ViT-B/16's layers, five minutes
+    python -m blockvit.tune --backend triton --tokens 50432 197      # our kernel, a large batch and a single image
     python -m blockvit.tune --block-sizes 64 --dtypes bfloat16 --tokens 197 --seconds 60
 
 Exit codes: 0 done, as far as the time allowed; 1 no parameters work for a case; 2 wrong arguments; 3 no GPU.
@@ -13,9 +14,11 @@ Exit codes: 0 done, as far as the time allowed; 1 no parameters work for a case;
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +30,7 @@ from .bsr import BSRMatrix
 from .fold import random_block_mask_
 from .kernels import torch_tuned, tuning
 from .kernels.torch_bsr import bsr_tensor, pad_tokens
+from .kernels.triton import packing, parameters
 from .masks import num_kept
 
 WARMUP_MS, REP_MS = 25, 50
@@ -116,45 +120,57 @@ def make_cases(
     ]
 
 
-def tune_torch_bsr(
-    cases: Iterable[Case],
+@dataclass(frozen=True)
+class Tuner:
+    """How the parameters of one backend are found. Any kind of case will do that ``key`` and ``search`` understand."""
+
+    name: str
+    """What they are stored under."""
+    key: Callable[[Any], dict[str, Any]]
+    """The key that a case is stored under."""
+    search: Callable[[Any, torch.device], Found | None]
+    """What was found for a case on a device, or None if no parameters work."""
+
+
+def tune(
+    tuner: Tuner,
+    cases: Iterable[Any],
     device: torch.device | str = "cuda",
     *,
     seconds: float | None = None,
     force: bool = False,
     report: Callable[[Tuned], None] = lambda tuned: None,
-    search: Callable[[Case, torch.device], Found | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Tuned]:
-    """Search parameters of PyTorch's BSR kernel for ``cases`` in turn, and store each as soon as it is found.
+    """Search parameters for ``cases`` in turn, and store each as soon as it is found.
 
     Args:
+        tuner: whose parameters, and how to find them; see ``TUNERS``.
         cases: most important first.
-        device: whose parameters.
+        device: the GPU to run on.
         seconds: begin no further case when so much time has passed; None: do all. The last case may run over it.
         force: search again what has been stored before, instead of leaving it out.
         report: called with each case as soon as it is done.
-        search: what finds them, or None if no parameters work; `search_torch_bsr`, except in tests.
         clock: seconds.
 
     Returns:
         What was searched in this call, with the seconds that each case took.
     """
-    device, search = torch.device(device), search or search_torch_bsr
+    device = torch.device(device)
     name, start, done = tuning.device_name(device), clock(), []
     for case in cases:
-        key = case_key(case)
-        if not force and tuning.find(name, torch_tuned.NAME, key):
+        key = tuner.key(case)
+        if not force and tuning.find(name, tuner.name, key):
             continue
         began = clock()
         if seconds is not None and began - start >= seconds:
             break
-        found = search(case, device)
+        found = tuner.search(case, device)
         tuned = Tuned(case, found, clock() - began)
         if found is not None:
             tuning.store(
                 name,
-                torch_tuned.NAME,
+                tuner.name,
                 key,
                 found.parameters,
                 ms=found.ms,
@@ -166,12 +182,35 @@ def tune_torch_bsr(
     return done
 
 
+def tune_torch_bsr(
+    cases: Iterable[Case],
+    device: torch.device | str = "cuda",
+    *,
+    search: Callable[[Case, torch.device], Found | None] | None = None,
+    **options: Any,
+) -> list[Tuned]:
+    """``tune`` for PyTorch's BSR kernel; ``search`` is ``search_torch_bsr``, except in tests."""
+    return tune(Tuner(torch_tuned.NAME, case_key, search or search_torch_bsr), cases, device, **options)
+
+
 def case_key(case: Case) -> dict[str, Any]:
-    """The key that a case is stored under."""
+    """The key that a case is stored under for PyTorch's kernel."""
+    rows, cols, nnz = _padded(case)
+    return torch_tuned.tuning_key(rows, cols, case.tokens, case.block_size, case.dtype, nnz)
+
+
+def triton_key(case: Case) -> dict[str, Any]:
+    """The key that a case is stored under for our kernel; float32 is another case while TF32 is allowed."""
+    rows, cols, nnz = _padded(case)
+    precision = parameters.precision(case.dtype)
+    return parameters.key(rows, cols, case.tokens, case.block_size, case.dtype, nnz, precision)
+
+
+def _padded(case: Case) -> tuple[int, int, int]:
     b = case.block_size
     block_rows, block_cols = -(-case.out_features // b), -(-case.in_features // b)
-    nnz = num_kept(block_rows * block_cols, case.sparsity)  # as many as `random_block_mask_` leaves
-    return torch_tuned.tuning_key(block_rows * b, block_cols * b, case.tokens, b, case.dtype, nnz)
+    # As many blocks as `random_block_mask_` leaves.
+    return block_rows * b, block_cols * b, num_kept(block_rows * block_cols, case.sparsity)
 
 
 def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
@@ -213,6 +252,130 @@ def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
     if best is None or (plain is not None and plain.ms < best.ms):
         best = plain  # the search's short timings are noisy: what it found is kept only where it is no slower
     return None if best is None else Found(best.parameters, best.ms, plain.ms if plain is not None else None)
+
+
+CHOICES = {
+    "GROUP": (1, 2, 4, 8),
+    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_N": (16, 32, 64, 128),
+    "num_stages": (1, 2, 3, 4, 5),
+    "num_warps": (2, 4, 8),
+    "BLOCK_K": (16, 32, 64, 128),
+}
+"""What may be chosen of our kernel, those that are expected to matter most first."""
+
+SUMS = 128
+"""Sums that a thread may hold: with more, of its 255 registers none are left for what it computes with."""
+
+
+def neighbours(candidate: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Candidates that differ in one choice by one step; with the size of the groups the width of a tile changes too."""
+    for name, values in CHOICES.items():
+        for step in (1, -1):
+            if 0 <= (at := values.index(candidate[name]) + step) < len(values):
+                other = {**candidate, name: values[at]}
+                if name == "GROUP":
+                    wide = candidate["BLOCK_N"] * other["GROUP"] // candidate["GROUP"]
+                    other["BLOCK_N"] = min(max(wide, CHOICES["BLOCK_N"][0]), CHOICES["BLOCK_N"][-1])
+                yield other
+
+
+def fits(candidate: Mapping[str, int], block_size: int, itemsize: int, precision: str, shared: int) -> bool:
+    """Whether it is worth compiling: a tile lies within a group, and shared memory and registers suffice by count."""
+    block_m, block_n, block_k = (candidate[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    height = candidate["GROUP"] * block_size
+    emulated = itemsize == 4 and precision != "tf32"
+    # Emulated float32 holds the tile of x in registers too, in two parts.
+    held = block_m * block_n + (2 * block_m * block_k if emulated else 0)
+    return (
+        block_n <= height
+        and (candidate["GROUP"] == 1 or height * itemsize <= packing.WIDEST_BYTES)
+        and 32 <= block_k * itemsize <= 2 * parameters.TILE_BYTES
+        and parameters.shared_bytes(block_m, block_n, block_k, candidate["num_stages"], itemsize) <= shared
+        and held <= SUMS * 32 * candidate["num_warps"]
+    )
+
+
+def descend(
+    start: Mapping[str, int],
+    neighbours: Callable[[Mapping[str, int]], Iterable[dict[str, int]]],
+    measure: Callable[[Mapping[str, int]], float | None],
+) -> dict[str, int] | None:
+    """What is reached from ``start`` by going to the first neighbour that is faster, until none is.
+
+    Nothing is measured twice. None if no time of ``start`` nor of what lies around it can be measured.
+    """
+    times: dict[tuple[int, ...], float] = {}
+
+    def time_of(candidate: Mapping[str, int]) -> float:
+        place = tuple(candidate.values())
+        if place not in times:
+            ms = measure(candidate)
+            times[place] = math.inf if ms is None else ms
+        return times[place]
+
+    best = dict(start)
+    while faster := next((other for other in neighbours(best) if time_of(other) < time_of(best)), None):
+        best = faster
+    return None if time_of(best) == math.inf else best
+
+
+def search_triton(case: Case, device: torch.device) -> Found | None:
+    """Parameters of our kernel for a case, the size of its groups among them; None if none work.
+
+    From the defaults to ever better neighbours. To compile one takes a second or two, once in a process for all cases.
+    """
+    import triton
+
+    from .kernels.triton import linear
+
+    x, matrix, bias = make_operands(case, device)
+    b, itemsize, precision = case.block_size, case.dtype.itemsize, parameters.precision(case.dtype)
+    resources = parameters.resources(device)
+    packed = functools.cache(lambda group: packing.pack(matrix, group))
+
+    def measured(candidate: Mapping[str, int], **effort: int) -> float | None:
+        p = packed(candidate["GROUP"])
+        if (
+            p.values.shape[1] != candidate["GROUP"] * b
+            or len(p.values) * candidate["GROUP"] > packing.MEMORY * matrix.nnz
+        ):
+            return None
+        options = {
+            "precision": precision,
+            "rows": p.rows,
+            "out_features": matrix.padded_shape[0],
+            "parameters": {name: value for name, value in candidate.items() if name != "GROUP"},
+        }
+        try:
+            return triton.testing.do_bench(
+                lambda: linear.launch(x, p.crow, p.col, p.values, bias, **options), return_mode="median", **effort
+            )
+        except (triton.OutOfResources, triton.CompilationError):
+            return None
+
+    counted = packing.pack(matrix)
+    groups, (entries, height, _) = counted.crow.shape[0] - 1, counted.values.shape
+    tiles = parameters.default(height, entries * b / groups, itemsize, precision, case.tokens, groups, **resources)
+    default = {"GROUP": height // b, **tiles}
+    best = descend(
+        default,
+        lambda candidate: (n for n in neighbours(candidate) if fits(n, b, itemsize, precision, resources["shared"])),
+        lambda candidate: measured(candidate, warmup=WARMUP_MS, rep=REP_MS),
+    )
+    if best is None:
+        return None
+    ms, default_ms = measured(best), measured(default)
+    if default_ms is not None and default_ms <= ms:
+        best, ms = default, default_ms  # the search's short timings are noisy
+    return Found(best, ms, default_ms)
+
+
+TUNERS = {
+    torch_tuned.NAME: Tuner(torch_tuned.NAME, case_key, lambda case, device: search_torch_bsr(case, device)),
+    parameters.LINEAR: Tuner(parameters.LINEAR, triton_key, lambda case, device: search_triton(case, device)),
+}
+"""By the name of the backend."""
 
 
 def make_operands(case: Case, device: torch.device) -> tuple[Tensor, BSRMatrix, Tensor]:
@@ -262,8 +425,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     device = torch.device("cuda", torch.cuda.current_device())
     print(f"tuning {options.backend} on {tuning.device_name(device)}: {len(cases)} cases, {options.seconds:g} s")
-    done = tune_torch_bsr(
-        cases, device, seconds=options.seconds, force=options.force, report=lambda tuned: print(tuned, flush=True)
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
+    done = tune(
+        TUNERS[options.backend],
+        cases,
+        device,
+        seconds=options.seconds,
+        force=options.force,
+        report=lambda tuned: print(tuned, flush=True),
     )
     print(f"{len(done)} of {len(cases)} cases searched; parameters are in {tuning.path(tuning.device_name(device))}")
     return 1 if any(tuned.found is None for tuned in done) else 0
@@ -273,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m blockvit.tune", description="Find launch parameters of the block-sparse kernels for this GPU."
     )
-    parser.add_argument("--backend", default=torch_tuned.NAME, choices=[torch_tuned.NAME], help="default: %(default)s")
+    parser.add_argument("--backend", default=torch_tuned.NAME, choices=list(TUNERS), help="default: %(default)s")
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTxIN", help="default: ViT-B/16's, e.g. 3072x768"
     )
@@ -287,6 +457,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seconds", type=float, default=300, help="begin no further case after this time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tf32", action="store_true", help="allow TF32: float32 of the backend triton is tuned for that instead"
     )
     parser.add_argument("--force", action="store_true", help="search again what is in the file already")
     return parser

@@ -111,5 +111,6 @@ def _no_device(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"our Triton kernels need compute capability 8.0 (A100) or newer; this GPU has {capability}"
+        major, minor = capability
+        return f"our Triton kernels need compute capability 8.0 (A100) or newer; this GPU has {major}.{minor}"
     return None

@@ -17,7 +17,7 @@ MOST_TILES = 65535
 """The second index of a grid ends here (CUDA)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # or other numbers of tokens would be compiled anew
 def _linear_kernel(
     x_ptr,
     crow_ptr,
@@ -149,9 +149,9 @@ def launch(
     groups = crow.shape[0] - 1
     out_features = groups * height if out_features is None else out_features
     if parameters is None:
-        nnz = values.shape[0] if nnz is None else nnz
-        like = out_features, x.shape[1], tokens, width, x.dtype, nnz, precision, height // width
-        parameters = tuned.linear(tuning.stored(), x.device, *like)
+        entries, group = values.shape[0], height // width
+        weight = out_features, x.shape[1], width, x.dtype, entries if nnz is None else nnz
+        parameters = tuned.linear(tuning.stored(), x.device, tokens, *weight, precision, group, entries)
     y = x.new_empty(tokens, out_features)
     tiles = triton.cdiv(tokens, parameters["BLOCK_M"])
     grid = (groups * (height // parameters["BLOCK_N"]), min(tiles, MOST_TILES), triton.cdiv(tiles, MOST_TILES))

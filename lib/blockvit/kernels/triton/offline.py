@@ -84,9 +84,9 @@ def compile_for(
         if name in pointers:
             signature[name] = f"*{pointers[name]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in integers and integers[name] != 1:
+        elif name in integers and (kernel.params[i].do_not_specialize or integers[name] != 1):
             signature[name] = "i64" if abs(integers[name]) >= 1 << 31 else "i32"
-            if integers[name] % 16 == 0:
+            if integers[name] % 16 == 0 and not kernel.params[i].do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"

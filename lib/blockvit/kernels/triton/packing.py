@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...bsr import BSRMatrix
 
-WIDEST = 128
-"""Outputs of a group at most: 128 by 128 float32 sums are half of the registers that 8 warps have."""
+WIDEST_BYTES = 256
+"""A group's outputs at most, times the bytes of one: as many as one program computes (``parameters.default``)."""
 
 MEMORY = 4
 """A packed weight holds at most so many times the blocks of the weight, whatever a larger group would save."""
@@ -85,7 +85,7 @@ def pack(weight: BSRMatrix, group: int | None = None) -> Packed:
     if group == 1:
         return Packed(weight.crow_indices, weight.col_indices, weight.values, None)
     mask = _mask(weight)
-    groupings = _groupings(mask, group or max(1, WIDEST // weight.block_size))
+    groupings = _groupings(mask, group or max(1, WIDEST_BYTES // (weight.block_size * weight.values.itemsize)))
     if group is None:
         group = _cheapest(weight, mask, groupings)
     rows = groupings[min(group, max(groupings))]

@@ -57,25 +57,28 @@ def key(
 def linear(
     stored: int,
     device: torch.device,
+    tokens: int,
     out_features: int,
     in_features: int,
-    tokens: int,
     block_size: int,
     dtype: torch.dtype,
     nnz: int,
     precision: str,
     group: int,
+    entries: int,
 ) -> Mapping[str, int]:
-    """Parameters for a product with a weight in groups of ``group`` block rows.
+    """Parameters for a product with a weight in groups of ``group`` block rows, which have ``entries`` in all.
 
     Remembered by all that it depends on; ``stored`` is ``tuning.stored()``, so that what has just been tuned counts.
     """
-    entries = [e for e in _entries(device) if e["parameters"]["GROUP"] == group]
-    entry = tuning.nearest(entries, key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
+    alike = [entry for entry in _entries(device) if entry["parameters"]["GROUP"] == group]
+    entry = tuning.nearest(alike, key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return {name: value for name, value in entry["parameters"].items() if name != "GROUP"}
-    programs = max(1, out_features // (group * block_size))
-    return default(group * block_size, dtype.itemsize, precision, tokens, programs, **resources(device))
+    height = group * block_size
+    groups = -(-out_features // height)
+    length = entries * block_size / groups
+    return default(height, length, dtype.itemsize, precision, tokens, groups, **resources(device))
 
 
 def group(
@@ -109,9 +112,17 @@ def resources(device: torch.device) -> dict[str, int]:
 
 
 def default(
-    height: int, itemsize: int, precision: str, tokens: int, programs: int, *, multiprocessors: int, shared: int
+    height: int,
+    length: float,
+    itemsize: int,
+    precision: str,
+    tokens: int,
+    groups: int,
+    *,
+    multiprocessors: int,
+    shared: int,
 ) -> dict[str, int]:
-    """Parameters for groups of ``height`` outputs, ``programs`` of them, for a GPU that nothing was tuned for.
+    """Parameters for a GPU that nothing was tuned for: ``groups`` of ``height`` outputs, ``length`` inputs on average.
 
     Chosen by counting and by what the compiler says of registers; unmeasured.
     """
@@ -122,13 +133,13 @@ def default(
     block_n = min(height, 64 if emulated else 128)
     # A few tokens in short tiles: every multiprocessor gets two programs if that is possible, for each waits for memory
     # most of the time.
-    programs *= max(1, height // block_n)
+    programs = groups * (height // block_n)
     while block_m > 16 and -(-tokens // block_m) * programs < 2 * multiprocessors:
         block_m //= 2
     block_k = TILE_BYTES // itemsize
-    # Two tiles on their way while one is multiplied; rows are short (1 to 20 tiles in ViT-B/16), more would stay unused
-    # and keep other programs from the multiprocessor.
-    stages = 3
+    # Two tiles on their way while one is multiplied. A group of one or two tiles has no use for that many; there the
+    # shared memory holds another program instead.
+    stages = 3 if length > 2 * block_k else 2
     while stages > 1 and shared_bytes(block_m, block_n, block_k, stages, itemsize) > shared:
         stages -= 1
     return {

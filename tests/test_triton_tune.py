@@ -1,0 +1,168 @@
+"""The command that finds parameters of our own kernel; without a GPU, its search runs in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_interpreter import run_interpreted
+
+from blockvit import tune
+from blockvit.kernels import tuning
+from blockvit.kernels.triton import packing, parameters
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GPU = "NVIDIA H100 80GB HBM3"
+START = {"GROUP": 2, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+SHARED = 227 * 1024
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty folder of tuned parameters, and a GPU as far as the command asks for one."""
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    parameters.linear.cache_clear()
+    yield tmp_path
+    parameters.linear.cache_clear()
+
+
+def test_neighbours_differ_by_one_step_of_one_choice():
+    found = list(tune.neighbours(START))
+    assert len(found) == 12
+    for other in found:
+        changed = {name for name in START if other[name] != START[name]}
+        assert len(changed - {"BLOCK_N"}) <= 1 and changed
+    assert [(n["GROUP"], n["BLOCK_N"]) for n in found[:2]] == [(4, 64), (1, 16)]
+    edge = {**START, "GROUP": 8, "BLOCK_M": 256, "BLOCK_N": 128, "num_stages": 5, "num_warps": 8, "BLOCK_K": 128}
+    assert len(list(tune.neighbours(edge))) == 6
+    assert next(tune.neighbours(edge))["BLOCK_N"] == 64
+
+
+@pytest.mark.parametrize(
+    "changes, block_size, itemsize, precision, shared, fit",
+    [
+        ({}, 16, 2, "ieee", SHARED, True),
+        ({"BLOCK_N": 64}, 16, 2, "ieee", SHARED, False),  # wider than the group
+        ({"GROUP": 8}, 16, 2, "ieee", SHARED, True),
+        ({"GROUP": 8}, 16, 4, "tf32", SHARED, False),  # a group too wide for four bytes a number
+        ({"GROUP": 1}, 256, 2, "ieee", SHARED, True),  # what is no group may be as wide as it likes
+        ({"BLOCK_K": 128}, 16, 4, "tf32", SHARED, False),  # a tile too long
+        ({"BLOCK_K": 128}, 16, 2, "ieee", SHARED, True),
+        ({"BLOCK_M": 256, "num_stages": 5}, 16, 2, "ieee", SHARED, True),
+        ({"BLOCK_M": 256, "num_stages": 5}, 16, 2, "ieee", 163 * 1024, False),  # shared memory
+        ({"BLOCK_M": 256, "BLOCK_N": 128}, 64, 2, "ieee", SHARED, False),  # 256 sums a thread
+        ({"BLOCK_M": 256, "BLOCK_N": 128, "num_warps": 8}, 64, 2, "ieee", SHARED, True),
+        ({"BLOCK_M": 256, "num_warps": 4, "BLOCK_K": 32}, 16, 4, "tf32", SHARED, True),
+        ({"BLOCK_M": 256, "num_warps": 4, "BLOCK_K": 32}, 16, 4, "tf32x3", SHARED, False),  # x in registers too
+    ],
+)
+def test_only_what_fits_is_compiled(changes, block_size, itemsize, precision, shared, fit):
+    assert tune.fits({**START, **changes}, block_size, itemsize, precision, shared) is fit
+
+
+def test_what_is_compiled_as_fitting_spills_nothing_on_hopper():
+    pytest.importorskip("triton")
+    from test_triton_offline import compiled
+
+    widest = {**START, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "GROUP": 2}
+    assert tune.fits(widest, 64, 2, "ieee", SHARED)
+    sizes = {name: value for name, value in widest.items() if name != "GROUP"}
+    report, _ = compiled(90, "bf16", 64, 2, "ieee", **sizes)
+    assert report.spills == 0
+
+
+def test_the_search_goes_to_the_best_and_measures_nothing_twice():
+    best = {**START, "GROUP": 4, "BLOCK_N": 64, "BLOCK_M": 256, "num_warps": 8, "num_stages": 2}
+    measured = []
+
+    def measure(candidate):
+        measured.append(tuple(candidate.items()))
+        if candidate["num_stages"] == 4:
+            return None  # does not run
+        return 1.0 + sum(abs(tune.CHOICES[n].index(candidate[n]) - tune.CHOICES[n].index(best[n])) for n in best)
+
+    assert tune.descend(START, tune.neighbours, measure) == best
+    assert len(measured) == len(set(measured)) < 40
+    assert tune.descend(START, tune.neighbours, lambda candidate: None) is None
+    assert tune.descend(START, lambda candidate: [], lambda candidate: 1.0) == START
+
+
+def test_what_is_found_is_what_the_layer_looks_up(store):
+    cases = tune.make_cases([(100, 200)], tokens=[50], block_sizes=[64, 16], dtypes=[torch.bfloat16], sparsities=[0.5])
+    found = {"GROUP": 2, "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 2, "num_stages": 4}
+    tuner = tune.Tuner("triton", tune.triton_key, lambda case, device: tune.Found(found, 1.0, 2.0))
+    assert len(tune.tune(tuner, cases, CPU)) == 2 and tune.tune(tuner, cases, CPU) == []
+    for case in cases:
+        x, matrix, _ = tune.make_operands(case, CPU)
+        weight = (*matrix.padded_shape, case.block_size, case.dtype, matrix.nnz)
+        assert parameters.group(CPU, *weight) == 2
+        entries = packing.pack(matrix, 2).values.shape[0]
+        used = parameters.linear(tuning.stored(), CPU, 50, *weight, "ieee", 2, entries)
+        assert {"GROUP": 2, **used} == found
+        key = parameters.key(*matrix.padded_shape, len(x), case.block_size, case.dtype, matrix.nnz, "ieee")
+        assert tune.triton_key(case) == key
+
+
+@pytest.mark.parametrize("arguments, dtypes", [([], ["bfloat16", "float32"]), (["--tf32"], ["bfloat16", "tf32"])])
+def test_the_command_tunes_our_kernel(store, monkeypatch, capsys, arguments, dtypes):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(tune, "search_triton", lambda case, device: tune.Found(START, 1.0, 1.5))
+    try:
+        options = ["--backend", "triton", "--shapes", "128x64", "--tokens", "256", "--block-sizes", "32", *arguments]
+        assert tune.main(options) == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"tuning triton on {GPU}: 2 cases, 300 s"
+    assert "1.50x over the defaults' 1.500 ms" in lines[1]
+    stored = tuning.load(GPU)
+    assert set(stored) == {"triton"} and {entry["key"]["dtype"] for entry in stored["triton"]} == set(dtypes)
+
+
+SEARCH = """
+import torch, triton.testing
+from blockvit import tune
+from blockvit.kernels.triton import linear
+
+launched, launch = [], linear.launch
+def recorded(*args, parameters, **options):
+    launched.append(parameters)
+    return launch(*args, parameters=parameters, **options)
+linear.launch = recorded
+
+def do_bench(call, return_mode, warmup=None, rep=None):
+    y = call()
+    assert torch.isfinite(y).all()
+    # As if short tiles were best, and two stages.
+    return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)
+triton.testing.do_bench = do_bench
+
+case = tune.Case(64, 48, 40, 16, torch.float32, 0.5)
+found = tune.search_triton(case, torch.device("cpu"))
+assert found.parameters["BLOCK_M"] == 16 and found.parameters["num_stages"] == 2, found
+assert found.ms == 0.16 <= found.default_ms, found
+assert set(found.parameters) == set(tune.CHOICES), found
+assert all(type(value) is int for value in found.parameters.values()), found
+
+def do_bench(call, **options):
+    raise triton.OutOfResources(1, 0, "shared memory")
+triton.testing.do_bench = do_bench
+assert tune.search_triton(case, torch.device("cpu")) is None
+print("done")
+"""
+
+
+def test_the_search_runs_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_interpreted(SEARCH)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tuning_on_a_gpu_finds_parameters_that_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path))
+    case = tune.Case(256, 256, 1000, 64, torch.bfloat16, 0.9)
+    (tuned,) = tune.tune(tune.TUNERS["triton"], [case], CUDA)
+    assert tuned.found is not None and tuned.found.ms <= tuned.found.default_ms
