@@ -12,9 +12,8 @@ from blockvit.training_workloads import (
     NAIVE,
     SPARSE,
     TrainingStepCase,
-    layer_step_cases,
-    model_step_cases,
     naive_effective_weight,
+    step_cases,
 )
 
 CPU = torch.device("cpu")
@@ -112,7 +111,7 @@ def test_modes_are_in_the_same_group(monkeypatch):
 
 def test_a_sweep_measures_once(tmp_path):
     store = Store(tmp_path)
-    cases = layer_step_cases([(32, 16)], [4], [8, 16], sparsity=0.5)
+    cases = step_cases(["32x16"], [4], [8, 16], sparsity=0.5)
     assert sweep(cases, store, "training_step", effort=SHORT).measured == 2
     assert sweep(cases, store, "training_step", effort=SHORT).kept == 2
     rows = store.read("training_step")
@@ -125,16 +124,17 @@ def test_keys_are_key_columns():
         assert [key["backend"] for key in case.keys(CPU)] == ["supermask", NAIVE]
 
 
-def test_grids():
-    layers = layer_step_cases([(3072, 768), (768, 3072)], [197, 394], [32], precision="bf16")
-    assert [(c.model, c.batch_size, c.shape) for c in layers] == [
-        ("3072x768", 197, (3072, 768)),
-        ("768x3072", 197, (768, 3072)),
-        ("3072x768", 394, (3072, 768)),
-        ("768x3072", 394, (768, 3072)),
+def test_grid():
+    cases = step_cases(["3072x768", "vit_b_16"], [2, 8], [16, 32], precision="bf16")
+    assert [(c.batch_size, c.block_size, c.model) for c in cases[:5]] == [
+        (2, 16, "3072x768"),
+        (2, 16, "vit_b_16"),
+        (2, 32, "3072x768"),
+        (2, 32, "vit_b_16"),
+        (8, 16, "3072x768"),
     ]
-    whole = model_step_cases("vit_b_16", [2, 8], [16, 32])
-    assert [(c.batch_size, c.block_size, c.shape) for c in whole] == [(n, b, None) for n in (2, 8) for b in (16, 32)]
+    assert [c.shape for c in cases[:2]] == [(3072, 768), None]
+    assert len(cases) == 8 and {c.precision for c in cases} == {"bf16"}
 
 
 def test_unknown_backend():

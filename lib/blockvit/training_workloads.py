@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -211,16 +211,9 @@ def _dense(case: TrainingStepCase) -> nn.Module:
     return expose_projections(model).train()
 
 
-def layer_step_cases(
-    shapes: Iterable[Sequence[int]], tokens: Iterable[int], block_sizes: Iterable[int], **settings: Any
+def step_cases(
+    models: Iterable[str], batch_sizes: Iterable[int], block_sizes: Iterable[int], **settings: Any
 ) -> list[TrainingStepCase]:
-    """Every linear layer ``(out, in)`` of a grid; ``settings`` as of ``TrainingStepCase``."""
-    grid = itertools.product(tokens, block_sizes, shapes)
-    return [TrainingStepCase(f"{shape[0]}x{shape[1]}", t, b, **settings) for t, b, shape in grid]
-
-
-def model_step_cases(
-    model: str, batch_sizes: Iterable[int], block_sizes: Iterable[int], **settings: Any
-) -> list[TrainingStepCase]:
-    """Every batch and block size of a grid; ``settings`` as of ``TrainingStepCase``."""
-    return [TrainingStepCase(model, n, b, **settings) for n, b in itertools.product(batch_sizes, block_sizes)]
+    """Every model, or layer ``OUTxIN``, of a grid, the first sizes first; ``settings`` as of ``TrainingStepCase``."""
+    grid = itertools.product(batch_sizes, block_sizes, models)
+    return [TrainingStepCase(model, size, block, **settings) for size, block, model in grid]
