@@ -66,7 +66,8 @@ def vit_rows(model: str = "vit_b_16", share: float = 0.635) -> Iterator[dict[str
                 yield {**held, "metric": metric, "value": value, "unit": "B"}
             for mode, factor in modes.items():
                 yield _latency(dense * factor, backend="dense", scope="dense", compile=mode, **key, **group)
-            for (backend, speed), (mode, factor) in itertools.product({"triton+mlp": 0.9, **SPEED}.items(), modes.items()):
+            contenders = {"triton+mlp": 0.9, **SPEED}.items()
+            for (backend, speed), (mode, factor) in itertools.product(contenders, modes.items()):
                 part = (1 - sparsity) / (speed * (block / 16) ** 0.3) * share
                 sparse = {"backend": backend, "scope": scope, "block_size": block, "sparsity": sparsity}
                 yield _latency(dense * factor * (1 - share + part), compile=mode, **sparse, **key, **group)

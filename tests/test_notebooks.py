@@ -100,7 +100,7 @@ def test_code_compiles(path):
             compile(cell.source, f"{path.name}[{number}]", "exec")
 
 
-@pytest.mark.parametrize("name", ["03_microbenchmarks", "04_vit_speedup", "06_claims"])
+@pytest.mark.parametrize("name", ["03_microbenchmarks", "04_vit_speedup", "06_claims", "08_kernels"])
 def test_the_gpu_profile_is_drawn_from_a_table_without_a_gpu(name, tmp_path, gpu_table):
     """Every figure and sentence of ``PROFILE=gpu``, from made-up rows: nothing is measured, no device is needed."""
     notebooks = pipeline.find_notebooks(FOLDER)
@@ -136,6 +136,9 @@ GPU_FIGURES = {
     }
     | {"vit_speedup_fp32_like_for_like", "vit_speedup_bf16_like_for_like"},
     "06_claims": {"claims"},
+    "08_kernels": {"kernel_traffic"}
+    | {f"kernel_mlp_{results.slug(synthetic_gpu.DEVICE)}_{tokens}" for tokens in (50432, 197)}
+    | {f"kernel_roofline_{results.slug(synthetic_gpu.DEVICE)}_{precision}" for precision in ("fp32", "bf16", "tf32")},
 }
 
 

@@ -358,12 +358,13 @@ def test_a_pattern_gives_the_indices_of_the_matrix_and_of_its_transpose(rows, co
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("density", [0.1, 0.6])  # few blocks one by one, many by the dense product
 @pytest.mark.parametrize("backend", SPARSE)
-def test_products_of_the_backward_pass(backend, dtype, tolerance):
+def test_products_of_the_backward_pass(backend, density, dtype, tolerance):
     backend = backends()[backend]
     if backend.refusal(torch.device("cpu"), dtype, 8):
         pytest.skip("cannot run that dtype")
-    mask = torch.rand(5, 7) < 0.4
+    mask = torch.rand(5, 7) < density
     pattern = BlockPattern.of_mask(mask, int(mask.sum()))
     values = torch.randn(int(mask.sum()), 8, 8).to(dtype)
     weight = BSRMatrix(pattern.crow, pattern.col, values, (40, 56)).to_dense().double()

@@ -78,12 +78,12 @@ def _sampled_kernel(
             time = (token + t).to(tl.int64)
             inside = time < last_token
             line = tl.load(
-                lines_ptr + time[:, None] * stride_lt + (row * B + i)[None, :] * stride_li,
+                lines_ptr + time[:, None] * stride_lt + (row * B + i).to(tl.int64)[None, :] * stride_li,
                 mask=inside[:, None],
                 other=0.0,
             )
             other = tl.load(
-                others_ptr + time[:, None] * stride_ot + (col * B + j)[None, :] * stride_oi,
+                others_ptr + time[:, None] * stride_ot + (col * B + j).to(tl.int64)[None, :] * stride_oi,
                 mask=inside[:, None] & there[None, :],
                 other=0.0,
             )
@@ -142,6 +142,7 @@ def weight_gradient(
     parameters = parameters or default_parameters(b, blocks_a_row, lines.dtype)
     parts = triton.cdiv(blocks_a_row * b, parameters["WIDTH"])
     splits = max(1, min(triton.cdiv(PROGRAMS, block_rows * parts), tokens // TOKENS))
+    a_split = triton.cdiv(triton.cdiv(tokens, splits), parameters["BLOCK_T"]) * parameters["BLOCK_T"]
     out = lines.new_empty(splits, nnz, b, b, dtype=lines.dtype if splits == 1 else torch.float32)
     with torch.cuda.device_of(lines):
         _sampled_kernel[(splits * block_rows * parts,)](
@@ -152,7 +153,7 @@ def weight_gradient(
             order,
             out,
             tokens,
-            triton.cdiv(tokens, splits),
+            a_split,
             block_rows,
             parts,
             *lines.stride(),
