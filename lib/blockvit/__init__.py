@@ -6,6 +6,7 @@ from .checkpoint import load, load_superblock, read_metadata, save
 from .fold import fold, layer_fates, model_bytes, to_block_sparse
 from .kernels import BackendUnavailableError, backends
 from .linear import BlockSparseLinear
+from .mlp import BlockSparseMLP
 from .supermask import SupermaskConv2d, SupermaskLinear, sparsify
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "BSRMatrix",
     "BackendUnavailableError",
     "BlockSparseLinear",
+    "BlockSparseMLP",
     "MultiheadAttention",
     "SupermaskConv2d",
     "SupermaskLinear",
