@@ -6,6 +6,7 @@ from .checkpoint import load, read_metadata, save
 from .fold import fold, layer_fates, model_bytes, to_block_sparse
 from .kernels import BackendUnavailableError, backends
 from .linear import BlockSparseLinear
+from .mlp import BlockSparseMLP
 from .sparse_training import train_sparse
 from .superblock import load_superblock
 from .supermask import SupermaskConv2d, SupermaskLinear, sparsify
@@ -16,6 +17,7 @@ __all__ = [
     "BSRMatrix",
     "BackendUnavailableError",
     "BlockSparseLinear",
+    "BlockSparseMLP",
     "MultiheadAttention",
     "SupermaskConv2d",
     "SupermaskLinear",

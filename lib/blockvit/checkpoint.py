@@ -23,6 +23,7 @@ from . import files
 from .attention import MultiheadAttention, expose_projections
 from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
+from .mlp import check_fuse, fuse_mlps
 from .targets import replace_modules
 
 FORMAT = 1
@@ -155,6 +156,7 @@ def load(
     model: nn.Module | None = None,
     *,
     backend: str = "auto",
+    fuse_mlp: bool | str = "auto",
     source: str | os.PathLike | Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Read a block-sparse model that ``save`` wrote, in evaluation mode; nothing is converted anew.
@@ -164,6 +166,7 @@ def load(
         model: a dense model of the same architecture, exchanged in place. Not needed for torchvision's
             ``VisionTransformer``, which is built from the file.
         backend: ``"auto"``, the preferred one on this machine, or a backend's name.
+        fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.
 
     Raises:
@@ -171,6 +174,7 @@ def load(
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
             ``model``; or ``model`` is needed and missing.
     """
+    check_fuse(fuse_mlp)
     path = Path(path)
     metadata, tensors = _read(path, with_tensors=True)
     if source is not None and metadata["source_sha256"] != sha256(source):
@@ -204,7 +208,7 @@ def load(
     placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
     model.load_state_dict(rest, strict=False, assign=from_file_alone)
-    return model.eval()
+    return fuse_mlps(model.eval(), fuse_mlp)
 
 
 def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> None:

@@ -14,10 +14,9 @@ from .bsr import check_block_size, zero_blocks
 from .kernels import cpu, resolve
 from .linear import BlockSparseLinear
 from .masks import block_mask, check_scores, expand_mask
+from .mlp import GELU, check_fuse, fuse_mlps
 from .supermask import SupermaskLinear, supermask_layers
 from .targets import Targets, matching, replace_modules
-
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 @torch.no_grad()
@@ -132,6 +131,7 @@ def to_block_sparse(
     skip: Targets = (),
     min_sparsity: float = 0.0,
     fuse_gelu: bool = True,
+    fuse_mlp: bool | str = "auto",
     dense_backend: str | None = None,
 ) -> nn.Module:
     """Exchange each ``nn.Linear`` that holds zero blocks for a ``BlockSparseLinear``, in place; returns ``model``.
@@ -144,6 +144,9 @@ def to_block_sparse(
         skip: layers to leave dense, in the same language.
         min_sparsity: leave layers dense whose fraction of zero blocks is below this.
         fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it.
+        fuse_mlp: make a ``BlockSparseMLP``, which can run as one kernel, of each ``nn.Sequential`` that begins with two
+            converted layers: ``"auto"`` where that kernel runs here and now (both layers on the ``"triton"`` backend),
+            True also for a model that is yet to be moved to a GPU, False nowhere.
         dense_backend: where the linear layers go that would stay dense. None leaves them ``nn.Linear``. A backend's
             name makes them ``BlockSparseLinear`` too, with all their blocks, which are then frozen and held twice (as
             checkpoint and packed). ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at
@@ -155,6 +158,7 @@ def to_block_sparse(
             fate), a mask is not folded yet, or a target matches nothing.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
+    check_fuse(fuse_mlp)
     fates = layer_fates(model, block_size, targets=targets, skip=skip, min_sparsity=min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
@@ -172,7 +176,7 @@ def to_block_sparse(
         _place_dense(model, dense_backend)
     if fuse_gelu:
         _fuse_gelu(model)
-    return model
+    return fuse_mlps(model, fuse_mlp)
 
 
 DENSE_BLOCK_SIZE = 32
@@ -204,7 +208,7 @@ def _fuse_gelu(model: nn.Module) -> None:
         for (_, layer), (name, follower) in pairwise(children):
             fusable = isinstance(layer, BlockSparseLinear) and layer.activation is None and places[id(layer)] == 1
             if fusable and type(follower) is nn.GELU:
-                layer.activation = _GELU[follower.approximate]
+                layer.activation = GELU[follower.approximate]
                 setattr(sequence, name, nn.Identity())
 
 

@@ -82,6 +82,7 @@ class BlockSparseLinear(nn.Module):
         for key, tensor in packed.items():
             self.register_buffer(f"_packed_{key}", tensor, persistent=False)
         self._packed_names = tuple(f"_packed_{key}" for key in packed)
+        self._scheduled = False  # what a BlockSparseMLP made for the blocks that were here before
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.

@@ -336,10 +336,8 @@ def search_triton(case: Case, device: torch.device) -> Found | None:
 
     def measured(candidate: Mapping[str, int], **effort: int) -> float | None:
         p = packed(candidate["GROUP"])
-        if (
-            p.values.shape[1] != candidate["GROUP"] * b
-            or len(p.values) * candidate["GROUP"] > packing.MEMORY * matrix.nnz
-        ):
+        too_few_rows = p.values.shape[1] != candidate["GROUP"] * b
+        if too_few_rows or p.values.numel() > packing.MEMORY * matrix.values.numel():
             return None
         options = {
             "precision": precision,

@@ -66,6 +66,7 @@ def compile_for(
     *,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> Report:
     """Compile ``kernel`` as a call with such arguments would.
 
@@ -78,6 +79,7 @@ def compile_for(
         constants: the ``tl.constexpr`` arguments, and tensors that are None.
         num_warps: as at a launch.
         num_stages: as at a launch.
+        maxnreg: as at a launch.
     """
     signature, constexprs, attributes = {}, dict(constants), {}
     for i, name in enumerate(kernel.arg_names):
@@ -92,7 +94,7 @@ def compile_for(
             signature[name] = "constexpr"
             constexprs[name] = 1 if name in integers else constants[name]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = compiled.asm["cubin"]
     # From the binary, not from the assembler's own report: Triton keeps that for itself.
