@@ -266,6 +266,19 @@ def eight_layers():
     return results.speedups(gpu_linear(layers, sparsities=(0, *GPU_SPARSITIES)))
 
 
+def steps(size: str = "tokens") -> pd.DataFrame:
+    rows = [
+        {size: n, "block_size": b, "backend": k, "value": 0.1 * n * (1 + (9 if k == "naive" else 3) / n)}
+        for n, b, k in itertools.product((197, 788, 1576), (16, 32, 64), ("supermask", "naive"))
+    ]
+    rows = [{**row, "low": row["value"] * 0.99, "high": row["value"] * 1.01, "sparsity": 0.9} for row in rows]
+    rows = [{**row, "group": f"{row[size]}-{row['block_size']}"} for row in rows]
+    dense = [{"backend": "dense", "group": row["group"], **dict.fromkeys(("value", "low", "high"), 0.1 * row[size])}
+             for row in rows if row["backend"] == "naive"]  # fmt: skip
+    common = {"metric": "step_seconds", "model": "3072x768", "precision": "fp32", "compile": "eager"}
+    return frame([*rows, *dense], **common)
+
+
 FIGURES = {  # how it is drawn, its panels, the block sizes that the legend names
     "training_curves": (lambda: plots.training_curves(curves()), 3, 0),
     "conversion": (lambda: plots.conversion({"dense": 4e8, "sparse": 1e8}, {"convert": 2.0, "load": 0.5}), 2, 0),
@@ -290,6 +303,8 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
     "variants": (lambda: plots.variants(compared(), 2.3), 1, 0),
     "mask_changes": (lambda: plots.mask_changes(masks()), 2, 0),
+    "step_overhead": (lambda: plots.step_overhead(results.step_overheads(steps())), 2, 3),
+    "step_overhead of a model": (lambda: plots.step_overhead(results.step_overheads(steps("batch_size"))), 2, 3),
     # the same with a GPU's number of blocks, backends, shapes and modes
     "gpu speedup_heatmaps": (lambda: plots.speedup_heatmaps(eight_layers(), "torch_tuned"), 4, 0),
     "gpu linear_speedup": (lambda: gpu_linear_speedup("bf16"), 25, 4),
@@ -789,6 +804,7 @@ def test_variants_of_different_cells_are_not_drawn_as_one(column):
 EMPTY = {
     "training_curves": lambda: plots.training_curves(curves().iloc[:0]),
     "kept_blocks": lambda: plots.kept_blocks(KEPT.iloc[:0]),
+    "step_overhead": lambda: plots.step_overhead(results.step_overheads(steps().iloc[:0])),
     "speedup_heatmaps": lambda: plots.speedup_heatmaps(linear(), "no such backend"),
     "linear_speedup": lambda: plots.linear_speedup(linear().iloc[:0], ["torch"]),
     "linear_throughput": lambda: plots.linear_throughput(linear().iloc[:0], 1e12),

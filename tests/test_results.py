@@ -20,7 +20,18 @@ import pandas as pd
 import pytest
 
 from blockvit import results
-from blockvit.results import COLUMNS, KEYS, Measured, Store, break_even, newest, slug, speedups
+from blockvit.results import (
+    COLUMNS,
+    KEYS,
+    STEP_SECONDS,
+    Measured,
+    Store,
+    break_even,
+    newest,
+    slug,
+    speedups,
+    step_overheads,
+)
 
 LIBRARY = Path(results.__file__).parent
 DEVICE = "Example CPU (4 cores)"
@@ -492,6 +503,24 @@ def test_fastest_baseline_against_eager_baseline():
     (eager,) = speedups(rows, baseline="eager").to_dict("records")
     assert (eager["speedup"], eager["dense_compile"]) == (4.0, "eager")
     assert speedups(table(dense(compile="inductor"), {}), baseline="eager").empty
+
+
+def test_step_overheads_are_over_the_dense_step_of_the_same_group_and_mode():
+    masked = {"backend": "supermask", "metric": STEP_SECONDS, "value": 1.1, "low": 1.0, "high": 1.3}
+    times = {"metric": STEP_SECONDS, "value": 1.0, "low": 0.8, "high": 1.25}
+    rows = table(
+        dense(**times),
+        dense(**{**times, "value": 2.0}, compile="compile"),
+        dense(**{**times, "value": 9.0}, group="other"),
+        dense(**{**times, "metric": "images_per_second"}),
+        masked,
+        {**masked, "compile": "compile"},
+        {**masked, "group": "", "model": "1x1"},
+    )
+    eager, compiled = step_overheads(rows).to_dict("records")
+    assert eager["overhead"] == pytest.approx(0.1) and eager["dense_value"] == 1.0
+    assert (eager["overhead_low"], eager["overhead_high"]) == pytest.approx((1.0 / 1.25 - 1, 1.3 / 0.8 - 1))
+    assert compiled["overhead"] == pytest.approx(1.1 / 2 - 1)
 
 
 def test_unknown_baseline():

@@ -216,6 +216,110 @@ def test_compiled_training_step_equals_eager_and_is_compiled_once(method):
     assert not torch.equal(masks[0], masks[-1])
 
 
+def plain_product(layer: SupermaskLinear | SupermaskConv2d, mask: torch.Tensor, dense_gradient: bool) -> torch.Tensor:
+    """The masked weight of learned scores, its gradients left to autograd."""
+    elements = reference_expand(
+        layer.scores - layer.scores.detach() + mask.double(), layer.block_size, layer.weight.shape
+    )
+    masked = layer.weight * reference_expand(mask, layer.block_size, layer.weight.shape)
+    weight = masked.detach() + layer.weight - layer.weight.detach() if dense_gradient else masked
+    return weight + layer.weight.detach() * (elements - elements.detach())
+
+
+@pytest.mark.parametrize("method", ["supermask", "dense_gradient"])
+@pytest.mark.parametrize("shape", [(22, 18), (3, 30), (70, 5), (6, 4, 3, 3), (9, 7, 1, 1), (5, 6, 5, 3)], ids=str)
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_gradients_equal_those_of_a_plain_product_by_autograd(shape, block_size, method):
+    torch.manual_seed(0)
+    settings = {"sparsity": 0.6, "block_size": block_size, "method": method, "dtype": torch.float64}
+    if len(shape) == 2:
+        layer = SupermaskLinear(shape[1], shape[0], **settings)
+    else:
+        layer = SupermaskConv2d(shape[1], shape[0], shape[2:], **settings)
+    grad = torch.randn(shape, dtype=torch.float64)
+    effective = layer.effective_weight()
+    found = torch.autograd.grad(effective, [layer.weight, layer.scores], grad)
+    plain = plain_product(layer, reference_mask(layer.scores.detach(), 0.6), method == "dense_gradient")
+    torch.testing.assert_close(effective, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, [layer.weight, layer.scores], grad))
+
+
+def test_gradients_leave_the_gradient_that_they_are_given_as_it_is():
+    layer = SupermaskLinear(64, 64, sparsity=0.9, block_size=8)
+    grad = torch.randn(64, 64)
+    before = grad.clone()
+    layer.effective_weight().backward(grad)
+    assert torch.equal(grad, before)
+    layer.zero_grad()
+    layer.effective_weight().sum().backward()  # an expanded gradient, all of its elements in one place
+    kept = reference_expand(layer.block_mask(), 8, layer.weight.shape)
+    assert torch.equal(layer.weight.grad, kept.float())
+
+
+def test_a_layer_larger_than_what_is_summed_at_a_time():
+    layer = SupermaskLinear(1024, 700, sparsity=0.9, block_size=32, bias=False)
+    grad = torch.randn(700, 1024)
+    layer.effective_weight().backward(grad)
+    products = F.pad(grad * layer.weight.detach(), (0, 0, 0, 4)).view(22, 32, 32, 32)
+    torch.testing.assert_close(layer.scores.grad, products.sum((1, 3)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_under_autocast_keeps_single_precision_gradients(method):
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 20)), 0.7, 8, targets="*", method=method)
+    x = torch.randn(6, 24)
+    expected = step_of(model, model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step_of(model, model, x)
+    assert found[0].dtype == torch.bfloat16
+    for parameter, one, other in zip([None, *model.parameters()], found, expected, strict=True):
+        assert parameter is None or parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(one.float(), other, atol=0.03 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_add_up_in_single_precision(dtype):
+    layer = SupermaskLinear(256, 256, sparsity=0.5, block_size=256, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    layer.effective_weight().backward(torch.full((256, 256), 2**-7, dtype=dtype))
+    assert layer.scores.grad.item() == 512
+
+
+def test_masks_follow_scores_however_they_are_changed():
+    """No mask is remembered: third-party optimisers write to ``.data``, which moves no version counter."""
+    layer = SupermaskLinear(8, 8, sparsity=0.9, block_size=4)
+    x = torch.ones(1, 8)
+    for place in range(4):
+        layer.scores.data.fill_(0).view(-1)[place] = 1
+        layer(x)
+        assert layer.block_mask().flatten().tolist() == [i == place for i in range(4)]
+        layer.weight.data.add_(1)
+        kept = reference_expand(layer.block_mask(), 4, layer.weight.shape)
+        assert torch.equal(layer.effective_weight(), layer.weight * kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_on_a_gpu_does_not_wait_for_it_and_equals_the_cpus(method):
+    torch.manual_seed(0)
+    layer = SupermaskLinear(100, 70, sparsity=0.8, block_size=16, method=method)
+    x = torch.randn(9, 100)
+    expected = step_of(layer, layer, x)
+    layer, x = layer.cuda(), x.cuda()
+    step_of(layer, layer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        set_sparsity(layer, 0.5)
+        set_sparsity(layer, 1.0)
+        found = step_of(layer, layer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
+
+
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 

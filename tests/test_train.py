@@ -123,6 +123,30 @@ def test_accumulated_passes_give_the_weights_of_one():
     assert not same_weights(cut, run(replace(recipe, seed=1), tiny_model(), accumulate=4)[0])
 
 
+def test_compiled_training_with_supermasks_is_the_eager_one(monkeypatch):
+    recipe = replace(TINY, sparsity_schedule="cubic", sparsity_end=1.0, clip_grad_norm=1.0)
+
+    def masked():
+        return sparsify(tiny_model(mlp_dim=64), 0.75, 4, targets=("mlp", "out_proj"))
+
+    graphs, compile = [], torch.compile
+
+    def whole_graphs(model, mode):
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        return compile(model, backend=count, fullgraph=True)  # without the C++ compiler: what is compiled is the point
+
+    monkeypatch.setattr(torch, "compile", whole_graphs)
+    (eager, _), (compiled, history) = run(recipe, masked()), run(recipe, masked(), compile=True)
+    assert len(graphs) == 1  # not one for each sparsity
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    assert history.top1 == 1.0
+
+
 def test_throughput_is_that_of_training_alone(monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))

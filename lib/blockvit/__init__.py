@@ -2,10 +2,11 @@
 
 from .attention import MultiheadAttention, expose_projections
 from .bsr import BSRMatrix
-from .checkpoint import load, load_superblock, read_metadata, save
+from .checkpoint import load, read_metadata, save
 from .fold import fold, layer_fates, model_bytes, to_block_sparse
 from .kernels import BackendUnavailableError, backends
 from .linear import BlockSparseLinear
+from .superblock import load_superblock
 from .supermask import SupermaskConv2d, SupermaskLinear, sparsify
 
 __version__ = "0.1.0"

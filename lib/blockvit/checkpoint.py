@@ -1,4 +1,4 @@
-"""Block-sparse models on disk: safetensors with metadata, and the loader for published SuperBlock checkpoints.
+"""Block-sparse models on disk: safetensors with metadata.
 
 A file holds the BSR parts of every converted layer, the other tensors as they are, and, as JSON in the header, what is
 needed to build the model again: no pickle, no code.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,10 +20,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import files
-from .attention import MultiheadAttention, expose_projections, rename_packed_projection
-from .bsr import BSRMatrix, check_block_size
+from .attention import MultiheadAttention, expose_projections
+from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
-from .masks import block_mask, check_scores, check_sparsity, expand_mask
 from .targets import replace_modules
 
 FORMAT = 1
@@ -197,7 +194,7 @@ def load(
         raise ValueError(
             f"{path} holds a {metadata['model']} that {type(model).__name__} cannot take: {error}"
         ) from None
-    problems = _mismatches(model, tensors)
+    problems = mismatches(model, tensors)
     if problems:
         raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
     if not from_file_alone:
@@ -232,7 +229,7 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
     replace_modules(model, {name: lambda _: nn.Identity() for name in metadata["identities"]})
 
 
-def _mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """What would keep ``tensors`` from loading into ``model``, a line each; empty if nothing does."""
     expected = _state(model)
     lines = [f"  missing from the file: {name}" for name in expected if name not in tensors]
@@ -243,97 +240,3 @@ def _mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     return lines
-
-
-_SUPERBLOCK_NAME = re.compile(r"sp(?P<sparsity>0?\.\d+)-ts(?P<block_size>\d+)")
-
-
-@torch.no_grad()
-def load_superblock(
-    checkpoint: str | os.PathLike | Mapping[str, Any],
-    model: nn.Module,
-    *,
-    sparsity: float,
-    block_size: int,
-    apply_out_proj_masks: bool = False,
-) -> nn.Module:
-    """Load a published SuperBlock checkpoint into a dense ``model``, its masks folded into the weights, in place.
-
-    Masks of attention output projections are left out by default: the reference implementation put them into
-    ``nn.MultiheadAttention``, which never applied them, so the published accuracy is the accuracy without them.
-
-    Args:
-        checkpoint: path of a ``torch.save`` of ``{"model": state_dict, ...}`` or of a state dict, or either as a dict.
-            Masked layers hold ``weight, bias, scores, shift, scale``; the weight is ``weight * scale + shift``.
-        model: a dense model of the architecture, e.g. ``torchvision.models.vit_b_16()``.
-        sparsity: the linear sparsity it was trained with (not stored in the checkpoint).
-        block_size: its tile size.
-        apply_out_proj_masks: fold the ``out_proj`` masks too.
-
-    Returns:
-        ``model`` in evaluation mode, ready for ``to_block_sparse``.
-
-    Raises:
-        ValueError: a truncated or foreign file; another architecture, block size or (by the file's name) sparsity.
-    """
-    sparsity, block_size = check_sparsity(sparsity), check_block_size(block_size)
-    if not isinstance(checkpoint, Mapping):
-        _check_superblock_name(Path(checkpoint), sparsity, block_size)
-        checkpoint = read_torch_checkpoint(Path(checkpoint))
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"the checkpoint holds a {type(state).__name__}; expected a state dict, or one under the key 'model'"
-        )
-    state = {name.removeprefix("module."): t for name, t in state.items()}
-    masked = [name.removesuffix(".scores") for name in state if name.endswith(".scores")]
-    if not masked:
-        raise ValueError("the checkpoint holds no '.scores': it is no SuperBlock checkpoint; load it as a dense model")
-    for name in masked:
-        if f"{name}.weight" not in state:
-            raise ValueError(f"the checkpoint holds {name}.scores but no {name}.weight; it is damaged: fetch it again")
-        weight, scores = state[f"{name}.weight"], state.pop(f"{name}.scores")
-        weight = weight * state.pop(f"{name}.scale", 1.0) + state.pop(f"{name}.shift", 0.0)
-        expected = tuple(-(-size // block_size) for size in weight.shape)
-        if tuple(scores.shape) != expected:
-            raise ValueError(
-                f"{name}: scores have shape {tuple(scores.shape)}, but a {tuple(weight.shape)} weight in blocks of "
-                f"{block_size} has {expected}; the checkpoint was trained with another block_size"
-            )
-        if apply_out_proj_masks or not name.endswith("out_proj"):
-            check_scores(scores)
-            weight = weight * expand_mask(block_mask(scores, sparsity), block_size, tuple(weight.shape))
-        state[f"{name}.weight"] = weight
-    for name, module in model.named_modules():
-        if isinstance(module, MultiheadAttention):
-            rename_packed_projection(module, state, f"{name}.")
-    problems = _mismatches(model, state)
-    if problems:
-        raise ValueError(
-            f"the checkpoint is of another architecture than {type(model).__name__}:\n" + "\n".join(problems)
-        )
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def _check_superblock_name(path: Path, sparsity: float, block_size: int) -> None:
-    found = _SUPERBLOCK_NAME.search(path.name)
-    if found and (float(found["sparsity"]), int(found["block_size"])) != (sparsity, block_size):
-        raise ValueError(
-            f"{path.name} says sparsity {found['sparsity']} and block size {found['block_size']}, but sparsity="
-            f"{sparsity} and block_size={block_size} were given; pass the values in the name, or rename the file"
-        )
-
-
-def read_torch_checkpoint(path: Path) -> dict[str, Any]:
-    """``torch.load`` onto the CPU without running code from the file; clear errors for what is no checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint written by torch.save")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, or is no checkpoint: {error}") from error
-    except PermissionError:
-        raise
-    except Exception as error:  # damaged files raise anything: KeyError, EOFError, OSError, ...
-        raise ValueError(f"{path} is truncated or damaged ({error}); fetch or save it again") from error

@@ -6,6 +6,7 @@ block has ``ceil(size / block_size)`` entries in every dimension, the last of wh
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -45,12 +46,21 @@ def block_mask(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def highest(scores: Tensor, kept: int | Tensor) -> Tensor:
-    """As ``block_mask``, for a number of blocks to keep; it may be a tensor on the device of ``scores``."""
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+    """As ``block_mask``, for a number of blocks to keep; it may be a tensor, for compiled code in which it changes."""
+    scores = scores.detach()
+    if scores.device.type == "cpu" and isinstance(kept, int) and not torch.compiler.is_compiling():
         check_scores(scores)
-    order = scores.detach().flatten().sort(descending=True, stable=True).indices
+        return _above_threshold(scores.flatten(), kept).view_as(scores)
+    order = scores.flatten().sort(descending=True, stable=True).indices
     among_first = torch.arange(scores.numel(), device=scores.device) < kept
     return torch.empty_like(among_first).scatter_(0, order, among_first).view_as(scores)
+
+
+def _above_threshold(scores: Tensor, kept: int) -> Tensor:
+    # Linear in the number of scores, where a stable sort takes one and a half per cent of a layer's training step.
+    lowest = scores.kthvalue(scores.numel() - kept + 1).values
+    above, tied = scores > lowest, scores == lowest
+    return above | (tied & (tied.cumsum(0) <= kept - above.sum()))
 
 
 def check_scores(scores: Tensor) -> None:
@@ -70,24 +80,77 @@ def _block_lengths(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
 
 def expand_mask(mask: Tensor, block_size: int, shape: tuple[int, ...]) -> Tensor:
     """Blow a block mask up to the elements of a weight of ``shape``; partial edge blocks are cut off."""
-    for dim, (length, size) in enumerate(zip(_block_lengths(shape, block_size), shape, strict=True)):
-        mask = mask.repeat_interleave(length, dim).narrow(dim, 0, size)
-    return mask
+    return _spread(mask, block_size, shape, range(len(shape)))
+
+
+def _spread(values: Tensor, block_size: int, shape: tuple[int, ...], dims: range) -> Tensor:
+    """Repeat ``values``, one a block of a tensor of ``shape``, for each element along ``dims``."""
+    lengths = _block_lengths(shape, block_size)
+    for dim in reversed(dims):  # the last first, so that what is repeated is contiguous
+        repeated = values.unsqueeze(dim + 1).expand(*values.shape[: dim + 1], lengths[dim], *values.shape[dim + 1 :])
+        values = repeated.flatten(dim, dim + 1).narrow(dim, 0, shape[dim])
+    return values
+
+
+def _rows_of_blocks(tensor: Tensor, block_size: int) -> list[Tensor]:
+    """Views ``(rows of blocks, elements down a block, elements along a row)``: of the whole blocks, and of the rest."""
+    matrix = tensor.flatten(1)
+    length = min(block_size, len(matrix))
+    whole = len(matrix) // length * length
+    parts = [matrix[:whole].unflatten(0, (-1, length))]
+    return parts if whole == len(matrix) else [*parts, matrix[whole:].unsqueeze(0)]
+
+
+def _scale_blocks(tensor: Tensor, factor: Tensor, block_size: int) -> Tensor:
+    """``tensor`` times ``factor``, which has one value a block.
+
+    The factors are spread along one row of each row of blocks only, not over all elements: on a CPU, that is four to
+    twenty times as fast as multiplying by an expanded mask.
+    """
+    along = _spread(factor.to(tensor.dtype), block_size, tuple(tensor.shape), range(1, tensor.dim())).flatten(1)
+    parts = _rows_of_blocks(tensor, block_size)
+    factors = along.split([len(part) for part in parts])
+    scaled = [(part * f.unsqueeze(1)).flatten(0, 1) for part, f in zip(parts, factors, strict=True)]
+    return (scaled[0] if len(scaled) == 1 else torch.cat(scaled)).view(tensor.shape)
+
+
+CHUNK_BYTES = 1 << 20
+"""Of the products that are summed at a time on a CPU: they stay in its cache, which saves 40% of the time."""
+
+
+def _sum_blocks(elementwise: Callable[..., Tensor], tensors: Sequence[Tensor], block_size: int) -> Tensor:
+    """Sum of ``elementwise(*tensors)`` over each block: shape ``ceil(size / b)`` in every dimension.
+
+    Half precision adds up in single precision.
+    """
+    rows = []
+    for parts in zip(*(_rows_of_blocks(tensor, block_size) for tensor in tensors), strict=True):
+        for chunks in zip(*(part.split(_chunk_rows(part)) for part in parts), strict=True):
+            values = elementwise(*chunks)
+            rows.append(values.sum(1, dtype=torch.promote_types(values.dtype, torch.float32)))
+    row_sums = torch.cat(rows).unflatten(1, tensors[0].shape[1:])
+    lengths = _block_lengths(tuple(row_sums.shape), block_size)
+    for dim in range(1, row_sums.dim()):
+        if padding := (-row_sums.shape[dim]) % lengths[dim]:
+            row_sums = F.pad(row_sums, (0, 0) * (row_sums.dim() - 1 - dim) + (0, padding))
+        row_sums = row_sums.unflatten(dim, (-1, lengths[dim])).sum(dim + 1)
+    return row_sums.to(tensors[0].dtype)
+
+
+def _chunk_rows(part: Tensor) -> int:
+    if part.device.type != "cpu" or torch.compiler.is_compiling():  # there kernels are launched, or fused
+        return len(part)
+    return max(1, CHUNK_BYTES // (part[0].numel() * part.element_size()))
 
 
 def block_sums(tensor: Tensor, block_size: int) -> Tensor:
     """Sum of each block of ``tensor``, partial edge blocks included: shape ``ceil(size / b)`` in every dimension."""
-    lengths = _block_lengths(tuple(tensor.shape), block_size)
-    padding = [(-size) % length for size, length in zip(tensor.shape, lengths, strict=True)]
-    if any(padding):
-        tensor = F.pad(tensor, [p for pad in reversed(padding) for p in (0, pad)])
-    split = [n for size, length in zip(tensor.shape, lengths, strict=True) for n in (size // length, length)]
-    return tensor.reshape(split).sum(dim=tuple(range(1, 2 * len(lengths), 2)))
+    return _sum_blocks(lambda values: values, [tensor], block_size)
 
 
 def block_norms(tensor: Tensor, block_size: int) -> Tensor:
     """Euclidean (Frobenius) norm of each block of ``tensor``."""
-    return block_sums(tensor.square(), block_size).sqrt()
+    return _sum_blocks(torch.square, [tensor], block_size).sqrt()
 
 
 def block_means(tensor: Tensor, block_size: int) -> Tensor:
@@ -96,7 +159,7 @@ def block_means(tensor: Tensor, block_size: int) -> Tensor:
     for size, length in zip(tensor.shape, _block_lengths(tuple(tensor.shape), block_size), strict=True):
         starts = torch.arange(0, size, length, device=tensor.device)
         counts = counts[..., None] * (size - starts).clamp_max(length)
-    return block_sums(tensor.abs(), block_size) / counts
+    return _sum_blocks(torch.abs, [tensor], block_size) / counts
 
 
 class _MultiplyBlocks(torch.autograd.Function):
@@ -114,18 +177,16 @@ class _MultiplyBlocks(torch.autograd.Function):
             grad_factor = factor
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, grad_factor)
         ctx.block_size = block_size
-        return weight * expand_mask(factor, block_size, tuple(weight.shape))
+        return _scale_blocks(weight, factor, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, grad_factor = ctx.saved_tensors
         grad_weight = grad_scores = None
         if ctx.needs_input_grad[0]:
-            grad_weight = grad
-            if grad_factor is not None:
-                grad_weight = grad * expand_mask(grad_factor, ctx.block_size, tuple(grad.shape))
+            grad_weight = grad if grad_factor is None else _scale_blocks(grad, grad_factor, ctx.block_size)
         if ctx.needs_input_grad[1]:
-            grad_scores = block_sums(grad * weight, ctx.block_size)
+            grad_scores = _sum_blocks(torch.mul, [grad, weight], ctx.block_size)
         return grad_weight, grad_scores, None, None, None, None
 
 

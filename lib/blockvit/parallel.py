@@ -48,9 +48,9 @@ def map_cells(
         ValueError: ``fn`` cannot be imported by a worker, or ``workers`` is less than 1.
         CellError: a cell raised (the message names the cell, the cause is chained), or a worker was killed.
     """
-    _check_importable(fn)
+    check_importable(fn)
     cells = list(cells)
-    workers = _usable_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; expected at least 1, or None for one a core")
     return _run(fn, cells, min(workers, len(cells))) if cells else iter(())
@@ -85,7 +85,8 @@ def _result(future: Future[Result], cells: dict[Future[Result], Any]) -> Result:
         raise CellError(f"cell {cells[future]!r} failed: {type(error).__name__}: {error}", cells[future]) from error
 
 
-def _check_importable(fn: Callable[..., Any]) -> None:
+def check_importable(fn: Callable[..., Any]) -> None:
+    """Raise ``ValueError`` if a fresh process cannot import ``fn``."""
     inner = fn.func if isinstance(fn, partial) else fn
     place = f"{getattr(inner, '__module__', None)}.{getattr(inner, '__qualname__', inner)}"
     if place.startswith("__main__.") or "<locals>" in place or "<lambda>" in place:
@@ -95,7 +96,8 @@ def _check_importable(fn: Callable[..., Any]) -> None:
         )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     # Under a CPU limit of the container or batch system, os.cpu_count() still counts the whole machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

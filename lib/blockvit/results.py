@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 KEYS = [
-    "experiment",  # linear | vit | accuracy | training | masks | ceiling | conversion
+    "experiment",  # linear | vit | accuracy | training | masks | training_step | ceiling | conversion
     "device",  # the processor's name, with its number of cores if a CPU
     "threads",  # CPU threads used; empty on a GPU
     "torch",
@@ -56,6 +56,9 @@ COLUMNS = [*KEYS, "value", "low", "high", "unit", "repeats", "run", "group", "gi
 
 FAILED = "failed"
 """The metric of what was tried and could not be measured: it raised, or was not close to the dense result."""
+
+STEP_SECONDS, IMAGES_PER_SECOND = "step_seconds", "images_per_second"
+"""Metrics of a training step: forward, backward and optimiser."""
 
 NUMBERS = [
     "threads",
@@ -303,6 +306,28 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
         speedup=pairs["dense_value"] / pairs["value"],
         speedup_low=pairs["dense_low"] / pairs["high"],
         speedup_high=pairs["dense_high"] / pairs["low"],
+    )
+    return newest(pairs)
+
+
+def step_overheads(rows: pd.DataFrame) -> pd.DataFrame:
+    """How much longer each masked training step takes than the dense one of its own group, run in the same way.
+
+    Args:
+        rows: of experiment ``training_step``, as ``Store.read`` gives them.
+
+    Returns:
+        The masked rows of ``STEP_SECONDS``, newest of each kind, with ``overhead`` (masked time / dense time - 1), its
+        range ``overhead_low`` to ``overhead_high`` (20th over dense 80th percentile and the reverse), ``dense_value``.
+    """
+    steps = rows[(rows["metric"] == STEP_SECONDS) & (rows["group"] != "")]
+    is_dense, on = steps["backend"] == "dense", ["group", "compile"]
+    columns = {"value": "dense_value", "low": "dense_low", "high": "dense_high"}
+    pairs = steps[~is_dense].merge(steps.loc[is_dense, [*on, *columns]].rename(columns=columns), on=on)
+    pairs = pairs.assign(
+        overhead=pairs["value"] / pairs["dense_value"] - 1,
+        overhead_low=pairs["low"] / pairs["dense_high"] - 1,
+        overhead_high=pairs["high"] / pairs["dense_low"] - 1,
     )
     return newest(pairs)
 

@@ -138,6 +138,9 @@ class _Supermask:
         first, last = SHARPNESS
         return first + self._sharpness_share * (last * math.sqrt(elements) - first)
 
+    def _number_kept(self) -> int | Tensor:
+        return self._kept if torch.compiler.is_compiling() else num_kept(self.num_blocks, self.sparsity_in_force)
+
     def block_scores(self) -> Tensor:
         """What the blocks are chosen by, ``ceil(size / block_size)`` in every dimension: learned, or of the weights."""
         if self.scores is not None:
@@ -146,14 +149,14 @@ class _Supermask:
 
     def block_mask(self) -> Tensor:
         """The boolean block mask in force now, ``ceil(size / block_size)`` in every dimension."""
-        return highest(self.block_scores().detach(), self._kept)
+        return highest(self.block_scores(), self._number_kept())
 
     def effective_weight(self) -> Tensor:
         """The weight with its dropped blocks at zero, differentiable in ``weight`` and what the method learns."""
         if self.method == "spartan":
             means = self.block_scores()
             soft = soft_top_k(means, self._kept, self._sharpness)
-            factor = soft.detach() * highest(means.detach(), self._kept)
+            factor = soft.detach() * highest(means, self._number_kept())
             return multiply_blocks(self.weight, soft, factor, self.block_size, grad_factor=soft.detach())
         dense_gradient = self.method != "supermask"
         return multiply_blocks(

@@ -19,7 +19,7 @@ from .layers import contenders, large_matmuls, linear_speedup, linear_throughput
 from .models import batch_sizes, conversion, execution_modes, memory, model_speedup
 from .roofline import roofline
 from .style import WIDTH, save, set_style
-from .training import block_masks, kept_blocks, training_curves
+from .training import block_masks, kept_blocks, step_overhead, training_curves
 
 __all__ = [
     "WIDTH",
@@ -42,6 +42,7 @@ __all__ = [
     "save",
     "set_style",
     "speedup_heatmaps",
+    "step_overhead",
     "threads",
     "training_curves",
     "variants",

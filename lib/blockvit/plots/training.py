@@ -1,4 +1,4 @@
-"""Training with masks: accuracy by epoch, the masks that were learnt, and what they keep."""
+"""Training with masks: accuracy by epoch, the masks that were learnt, what they keep, and what a step costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .rows import block_sizes, require
-from .style import COLOURS, DENSE, WIDTH
+from .rows import block_sizes, by_block, one_of, require
+from .style import COLOURS, DENSE, WIDTH, draw_band, draw_line, legend, reference_line, sizes_axis
 
 
 def training_curves(curves: pd.DataFrame) -> Figure:
@@ -84,4 +84,32 @@ def kept_blocks(kept: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.tick_params(axis="x", rotation=60, labelsize=7)
     axes.legend(title=None)
+    return figure
+
+
+def step_overhead(overheads: pd.DataFrame) -> Figure:
+    """How much longer a masked training step takes than the dense one, against the size of the batch.
+
+    A panel a backend (ours first), a line a block size, on one scale.
+
+    Args:
+        overheads: as ``results.step_overheads`` gives them, of one model, precision, sparsity and way to compile.
+    """
+    rows = require(overheads, "training steps of masked models")
+    one_of(rows, "model", "precision", "sparsity", "compile")
+    of_layer = rows["tokens"].notna().all()
+    size = "tokens" if of_layer else "batch_size"
+    backends = sorted(rows["backend"].unique(), key=lambda name: (name != "supermask", name))
+    figure, panels = plt.subplots(1, len(backends), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
+    for axes, backend in zip(panels[0], backends, strict=True):
+        mine = rows[rows["backend"] == backend].sort_values(size)
+        for block, line in by_block(mine):
+            draw_line(axes, line[size], line["overhead"], block)
+            draw_band(axes, line[size], line["overhead_low"], line["overhead_high"], block)
+        reference_line(axes, 0.0, "dense")
+        sizes_axis(axes, mine[size])
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        axes.set(title=backend, xlabel="tokens" if of_layer else "images a batch")
+    panels[0, 0].set_ylabel("longer than the dense step")
+    legend(figure)
     return figure

@@ -10,7 +10,7 @@
     resume.py     checkpoints
     launch.py     several processes, started from a notebook
     cost.py       what a training costs, on paper
-    __main__.py   the command line
+    command.py    one training as a plain command: python -m blockvit.train
 
 All randomness of an epoch (order, augmentation, mixing, dropout) is drawn from seeds made of the recipe's seed and
 the epoch's number. So a run that was killed and resumed does what an uninterrupted one does, and a checkpoint, written
@@ -18,6 +18,8 @@ after each epoch, needs no generator states.
 """
 
 from .batches import epoch_order
+from .cost import days_on_nodes, grid_cost
+from .launch import launch
 from .loop import History, NonFiniteLossError, evaluate, fit
 from .optimizer import ema_decay, parameter_groups
 from .recipe import RECIPES, Recipe, recipe_for
@@ -30,10 +32,13 @@ __all__ = [
     "History",
     "NonFiniteLossError",
     "Recipe",
+    "days_on_nodes",
     "ema_decay",
     "epoch_order",
     "evaluate",
     "fit",
+    "grid_cost",
+    "launch",
     "learning_rate",
     "parameter_groups",
     "recipe_for",

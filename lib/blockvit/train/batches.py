@@ -32,7 +32,7 @@ LARGEST_PASS = 512
 MIX_GROUP = 512
 """Pictures that share a draw of mixup or cutmix: a batch of one process in torchvision's recipe."""
 
-AUGMENT_AHEAD = 4096
+AUGMENT_AHEAD = 8192
 """Pictures held in memory that are augmented in one go: enough that the host launches little, few enough to store."""
 
 Batch = tuple[Tensor, Tensor]  # normalised pictures (N, 3, S, S), and labels (N,) or, if mixed, (N, classes)

@@ -90,6 +90,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = True,
     eval_every: int = 1,
+    on_epoch: Callable[[History], None] | None = None,
     progress: bool = True,
     num_workers: int = 0,
     accumulate: int | None = None,
@@ -117,6 +118,7 @@ def fit(
             run bit for bit; if all epochs are done they are loaded, and nothing is trained. Another number of processes
             may go on.
         eval_every: evaluate after every so many epochs, and after the last.
+        on_epoch: called after each epoch, in the main process, when its checkpoint is written.
         progress: show a progress bar (the main process does).
         num_workers: processes that decode ``ImageFiles`` for each training process.
         accumulate: forward passes that each process cuts its part of a batch into, to save memory; None: as many as
@@ -174,7 +176,9 @@ def fit(
             if path:
                 state = {"identity": identity, "state": trainer.state_dict(), "history": history.epochs}
                 processes.on_main(lambda state=state: save_atomically(state, path))
-    trainer.hand_over()
+            if on_epoch and processes.is_main:
+                on_epoch(history)
+    trainer.hand_over(after=len(history.epochs))
     return history
 
 
@@ -236,6 +240,9 @@ class _Trainer:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     masks: MaskSchedule
+
+    def __post_init__(self) -> None:
+        self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @classmethod
     def make(
@@ -300,7 +307,7 @@ class _Trainer:
             loss = loss + part.detach()
         if recipe.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.trainable, recipe.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None and step % recipe.model_ema_steps == 0:
@@ -353,9 +360,9 @@ class _Trainer:
         self.masks.apply(model, after * self.steps)
         return model
 
-    def hand_over(self) -> None:
-        """Put the averaged weights into the caller's model, its masks as at the end."""
-        self.masks.apply(self.model, self.recipe.epochs * self.steps)
+    def hand_over(self, after: int) -> None:
+        """Put the averaged weights into the caller's model, its masks as after so many epochs."""
+        self.masks.apply(self.model, after * self.steps)
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
 
@@ -442,13 +449,19 @@ def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: i
 
 
 def _check_together(processes: Alone, identity: dict[str, Any]) -> None:
-    """Raise ``ValueError`` in a process that was asked to train something else than the main one."""
+    """Raise ``ValueError`` in every process if one was asked to train something else than the main one."""
     found = checkpoints.difference(processes.on_main(lambda: identity), identity)
+    others = processes.sum(torch.tensor(int(found is not None), device=processes.device))
     if found is not None:
         what, there, here = found
         raise ValueError(
             f"process {processes.rank} of {processes.count} was started for another run than the main process: {what} "
             f"is {there!r} there and {here!r} here; start all with the same arguments and the same data"
+        )
+    if others > 0:
+        raise ValueError(
+            f"{int(others)} of {processes.count} processes were started for another run than the main process; their "
+            "own errors say in what they differ"
         )
 
 

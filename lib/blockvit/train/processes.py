@@ -52,6 +52,9 @@ class Alone:
         """A block that the first process of each node runs before the others do: for downloads and caches."""
         return nullcontext()
 
+    def leave(self) -> None:
+        """Part from the others, at the end of a program that trains no more."""
+
 
 class Together(Alone):
     """One of several processes. Gradients, sums and objects travel through Accelerate (NCCL on GPUs, gloo on CPUs)."""
@@ -109,6 +112,9 @@ class Together(Alone):
 
     def main_first(self) -> AbstractContextManager[Any]:  # noqa: D102
         return self._accelerator.local_main_process_first()
+
+    def leave(self) -> None:  # noqa: D102
+        self._accelerator.end_training()
 
 
 def join(device: torch.device | str) -> Alone:

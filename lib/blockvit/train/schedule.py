@@ -38,10 +38,14 @@ class MaskSchedule:
         layers = supermask_layers(model).values()
         self._masked, self._soft = bool(layers), any(layer.method == "spartan" for layer in layers)
         self._recipe, self._steps = recipe, steps_per_epoch
+        self._in_force: dict[nn.Module, tuple[float, float]] = {}
 
     def apply(self, model: nn.Module, step: int) -> None:
         """Set the masks of ``model`` to those of a step."""
-        if self._masked:
-            set_sparsity(model, sparsity_share(self._recipe, step, self._steps))
-        if self._soft:
-            set_sharpness(model, min(1.0, step / (SHARPENED_AFTER * self._recipe.epochs * self._steps)))
+        sparsity = sparsity_share(self._recipe, step, self._steps)
+        sharpness = min(1.0, step / (SHARPENED_AFTER * self._recipe.epochs * self._steps)) if self._soft else 1.0
+        if self._masked and self._in_force.get(model) != (sparsity, sharpness):
+            set_sparsity(model, sparsity)
+            if self._soft:
+                set_sharpness(model, sharpness)
+            self._in_force[model] = sparsity, sharpness

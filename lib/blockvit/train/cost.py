@@ -1,0 +1,84 @@
+"""What the published grid of trainings costs, on paper: GPU-hours from images per second that were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+IMAGENET_IMAGES = 1_281_167
+GRID_EPOCHS = 300
+GRID_BLOCK_SIZES = (16, 32, 64)
+GRID_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+
+
+def grid_cost(
+    rows: pd.DataFrame,
+    *,
+    block_sizes: Sequence[int] = GRID_BLOCK_SIZES,
+    sparsities: Sequence[float] = GRID_SPARSITIES,
+    epochs: int = GRID_EPOCHS,
+    images: int = IMAGENET_IMAGES,
+) -> pd.DataFrame:
+    """GPU-hours of training a dense model and one for each block size and sparsity; evaluation is left out.
+
+    A sparsity that was not measured takes the slowest speed measured with its block size: how fast a supermask trains
+    hangs on the size of the mask, hardly on what it drops.
+
+    Args:
+        rows: speeds of training on one GPU: ``block_size`` and ``sparsity`` (missing values: the dense model) and
+            ``value``, images per second. Several of the same training: their median counts.
+        block_sizes, sparsities: the grid.
+        epochs: of each training.
+        images: in an epoch.
+
+    Returns:
+        One row a training, the dense one first: ``block_size``, ``sparsity``, ``images_per_s``, ``measured`` (False
+        for a speed of another sparsity), ``gpu_hours``.
+
+    Raises:
+        ValueError: no speed of the dense model or of a block size, or one that is not a positive number.
+    """
+    if not (rows["value"] > 0).all():
+        raise ValueError(f"images per second are {rows['value'].tolist()}; expected positive numbers")
+    cells = [(math.nan, math.nan), *((size, sparsity) for size in block_sizes for sparsity in sparsities)]
+    table = [{"block_size": size, "sparsity": sparsity, **_speed(rows, size, sparsity)} for size, sparsity in cells]
+    costs = pd.DataFrame(table)
+    costs["gpu_hours"] = epochs * images / costs["images_per_s"] / 3600
+    return costs
+
+
+def _speed(rows: pd.DataFrame, block_size: float, sparsity: float) -> dict[str, float | bool]:
+    dense = math.isnan(block_size)
+    of_size = rows[rows["block_size"].isna() if dense else rows["block_size"] == block_size]
+    if of_size.empty:
+        what = "the dense model" if dense else f"block size {block_size}"
+        raise ValueError(
+            f"no training speed of {what} was measured; expected one for the dense model and each block size"
+        )
+    if dense:
+        return {"images_per_s": of_size["value"].median(), "measured": True}
+    medians = of_size.groupby("sparsity")["value"].median()
+    measured = sparsity in medians.index
+    return {"images_per_s": medians[sparsity] if measured else medians.min(), "measured": measured}
+
+
+def days_on_nodes(costs: pd.DataFrame, nodes: int, gpus_per_node: int = 8, efficiency: float = 1.0) -> float:
+    """Days that all trainings of ``costs`` take on a cluster, each on a node of its own, the longest first.
+
+    Trainings do not talk to each other, so nodes add up without loss; within a node ``efficiency`` is the speed of its
+    GPUs together over that of one times their number, an assumption until it is measured.
+
+    Raises:
+        ValueError: fewer than one node or GPU, or an efficiency outside (0, 1].
+    """
+    for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency is {efficiency}; expected a fraction in (0, 1]")
+    busy = [0.0] * nodes
+    for hours in sorted(costs["gpu_hours"] / (gpus_per_node * efficiency), reverse=True):
+        busy[busy.index(min(busy))] += hours
+    return max(busy) / 24

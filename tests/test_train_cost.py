@@ -1,0 +1,76 @@
+import math
+
+import pandas as pd
+import pytest
+
+from blockvit.train import days_on_nodes, grid_cost
+
+ROWS = pd.DataFrame(
+    [
+        {"block_size": None, "sparsity": None, "value": 1000.0},
+        {"block_size": None, "sparsity": None, "value": 1200.0},
+        {"block_size": None, "sparsity": None, "value": 1100.0},
+        {"block_size": 32, "sparsity": 0.9, "value": 1000.0},
+        {"block_size": 32, "sparsity": 0.5, "value": 900.0},
+        {"block_size": 64, "sparsity": 0.9, "value": 1050.0},
+    ]
+)
+
+
+def test_the_published_grid_takes_what_was_measured():
+    rows = pd.concat([ROWS, pd.DataFrame([{"block_size": 16, "sparsity": 0.9, "value": 800.0}])])
+    costs = grid_cost(rows)
+    assert len(costs) == 1 + 3 * 7
+    dense = costs.iloc[0]
+    assert math.isnan(dense["block_size"]) and dense["images_per_s"] == 1100 and dense["measured"]
+    assert dense["gpu_hours"] == pytest.approx(300 * 1_281_167 / 1100 / 3600)
+    speeds = costs.set_index(["block_size", "sparsity"])["images_per_s"]
+    assert speeds[32, 0.9] == 1000
+    assert speeds[32, 0.8] == 900  # not measured: the slowest of its block size
+    assert set(costs["block_size"].dropna()) == {16, 32, 64}
+    assert costs["measured"].sum() == 1 + 2 + 1 + 1
+    assert costs["gpu_hours"].sum() == pytest.approx(
+        sum(300 * 1_281_167 / speed / 3600 for speed in costs["images_per_s"])
+    )
+
+
+def test_a_smaller_grid():
+    costs = grid_cost(ROWS, block_sizes=[64], sparsities=[0.9], epochs=3600, images=1050)
+    assert costs["gpu_hours"].tolist() == pytest.approx([1050 / 1100, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS[3:], "no training speed of the dense model was measured"),
+        (ROWS, "no training speed of block size 16 was measured"),
+        (ROWS.assign(value=0.0), r"images per second are \[0.0.*expected positive numbers"),
+        (ROWS.assign(value=math.nan), "expected positive numbers"),
+    ],
+)
+def test_what_was_not_measured_is_not_made_up(rows, message):
+    with pytest.raises(ValueError, match=message):
+        grid_cost(rows)
+
+
+def test_trainings_are_dealt_out_to_nodes():
+    costs = pd.DataFrame({"gpu_hours": [240.0, 240.0, 240.0, 480.0]})
+    assert days_on_nodes(costs, nodes=1, gpus_per_node=1) == pytest.approx(50)
+    assert days_on_nodes(costs, nodes=2, gpus_per_node=1) == pytest.approx(30)  # 480 + 240, and 240 + 240
+    assert days_on_nodes(costs, nodes=2, gpus_per_node=10) == pytest.approx(3)
+    assert days_on_nodes(costs, nodes=2, gpus_per_node=10, efficiency=0.5) == pytest.approx(6)
+    assert days_on_nodes(costs, nodes=9, gpus_per_node=1) == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "nodes is 0; expected at least 1"),
+        ({"gpus_per_node": 0}, "gpus_per_node is 0; expected at least 1"),
+        ({"efficiency": 0.0}, r"efficiency is 0.0; expected a fraction in \(0, 1\]"),
+        ({"efficiency": 1.1}, "efficiency is 1.1"),
+    ],
+)
+def test_clusters_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        days_on_nodes(pd.DataFrame({"gpu_hours": [1.0]}), **{"nodes": 1} | changes)
