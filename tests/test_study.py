@@ -92,6 +92,15 @@ def test_rows_are_narrowed(tmp_path):
     assert study.rows("accuracy", metric="top1").empty
 
 
+def test_rows_of_another_run_stay_where_this_one_measured_nothing_like_them(tmp_path):
+    study = Study.open("laptop", results_dir=str(tmp_path / "results"))
+    study.store.append([row(value=1.0), row(value=1.0, sparsity=0.8)])
+    (study.store.root / ".run").write_text("another0")
+    study.store.append([row(value=2.0)])
+    assert study.rows("linear", sparsity=0.9)["value"].tolist() == [2.0], "another machine may bear the same name"
+    assert study.rows("linear", sparsity=0.8)["value"].tolist() == [1.0]
+
+
 def test_a_cpu_is_judged_by_all_its_threads(tmp_path):
     study = Study.open("laptop", results_dir=str(tmp_path / "results"))
     study.store.append([row(threads=1, value=9.0), row(threads=4, value=2.0), row(threads=2, value=5.0)])
