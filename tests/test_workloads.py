@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -471,6 +472,15 @@ def test_our_kernel_is_tuned_for_every_precision_class_and_pytorchs_for_every_dt
 def test_a_precision_class_is_in_force_while_its_parameters_are_searched(tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path))
     seen = []
+
+    @contextmanager
+    def as_on_a_gpu(precision, device):
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = {"fp32": "ieee", "tf32": "tf32"}[precision]
+        yield torch.float32
+        torch.backends.cuda.matmul.fp32_precision = before
+
+    monkeypatch.setattr(device_cases, "precision_class", as_on_a_gpu)
 
     def search(case, device):
         seen.append(torch.backends.cuda.matmul.fp32_precision)
