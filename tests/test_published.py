@@ -13,6 +13,7 @@ from torch import nn
 
 from blockvit import data, models, notebook, pipeline, results
 from blockvit import published as command
+from blockvit.fold import to_block_sparse
 from blockvit.published import APPLIED, LEFT_OUT, RECIPE, PublishedCheckpoint, evaluate
 
 STATS = data.IMAGENET_MEAN, data.IMAGENET_STD
@@ -61,6 +62,18 @@ def test_the_published_accuracy_before_and_after_conversion(study):
     found = evaluate(checkpoint(study), study, backend="gather", **EXACT)
     assert found.top1 == {"folded": 100.0, "gather": 100.0}
     assert (found.pictures, found.damaged) == (60, 0)
+
+
+def test_it_is_the_converted_model_whose_accuracy_stands_beside_the_folded_ones(study, monkeypatch):
+    def convert_badly(model, block_size, backend):
+        with torch.no_grad():
+            model.heads.head.bias[0] += 1000  # it calls every picture a cat
+        return to_block_sparse(model, block_size, backend)
+
+    monkeypatch.setattr(command, "to_block_sparse", convert_badly)
+    found = evaluate(checkpoint(study), study, backend="gather", **EXACT)
+    assert found.top1["folded"] == 100
+    assert found.top1["gather"] == pytest.approx(100 * len(list((study / "val" / "cat").iterdir())) / 60)
 
 
 def test_out_proj_masks_are_left_out_and_the_table_of_layers_says_so(study):
