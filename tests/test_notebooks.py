@@ -128,7 +128,7 @@ GPU_FIGURES = {
         for what in ("speedup", "contenders", "large", "throughput")
         for precision in ("fp32", "bf16")
     }
-    | {f"linear_heatmap_{precision}_{b}" for precision in ("fp32", "bf16") for b in ("torch", "torch_tuned")},
+    | {f"linear_heatmap_{precision}_{b}" for precision in ("fp32", "bf16") for b in ("torch", "triton")},
     "04_vit_speedup": {
         f"vit_{what}_{precision}"
         for what in ("speedup", "batch_sizes", "modes", "memory")
