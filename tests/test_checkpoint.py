@@ -14,6 +14,7 @@ from torch import nn
 
 import blockvit
 from blockvit import BlockSparseLinear, checkpoint, load, read_metadata, save
+from blockvit.patches import PatchEmbedding
 
 VIT = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 BLOCK = 8
@@ -302,3 +303,36 @@ def test_loading_into_a_model_on_the_gpu(path, images):
     assert {t.device.type for t in loaded.state_dict().values()} == {"cuda"}
     with torch.no_grad():
         torch.testing.assert_close(loaded(images.cuda()).cpu(), model(images), atol=1e-2, rtol=1e-2)
+
+
+# --- patch embeddings ------------------------------------------------------------------------------------------------
+
+
+def with_patches_on_a_kernel(**arguments) -> nn.Module:
+    return blockvit.to_block_sparse(vit(**arguments), BLOCK, dense_backend="gather")
+
+
+def test_a_patch_embedding_on_a_kernel_comes_back(path, images):
+    model = with_patches_on_a_kernel()
+    save(model, path)
+    assert read_metadata(path)["patch_embeddings"] == {"conv_proj": [3, 4]}
+    for loaded in (load(path), load(path, vit())):
+        assert isinstance(loaded.conv_proj, PatchEmbedding)
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_a_file_without_an_entry_for_patch_embeddings_loads(path, images):
+    model = sparse_vit()
+    save(model, path)
+    tensors = safetensors.torch.load_file(path)
+    metadata = read_metadata(path)
+    del metadata["patch_embeddings"]
+    safetensors.torch.save_file(tensors, path, metadata={"blockvit": json.dumps(metadata)})
+    torch.testing.assert_close(load(path)(images), model(images))
+
+
+def test_patches_of_another_size_are_an_error(path):
+    save(with_patches_on_a_kernel(), path)
+    with pytest.raises(ValueError, match=r"conv_proj embeds patches by \(32, 3, 4, 4\) in the file, \(32, 3, 8, 8\)"):
+        load(path, vit(patch_size=8))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -21,6 +22,7 @@ from blockvit import (
 )
 from blockvit.fold import LayerFate, random_block_mask_
 from blockvit.kernels import cpu
+from blockvit.patches import PatchEmbedding
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
 
 BACKENDS = [name for name, b in blockvit.backends().items() if b.refusal(torch.device("cpu"), torch.float32, 8) is None]
@@ -332,9 +334,6 @@ def test_fusing_can_be_turned_off_and_dense_layers_keep_their_gelu():
     assert type(model[1]) is nn.GELU and type(model[3]) is nn.Identity
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
-
 # --- layers that stay dense ------------------------------------------------------------------------------------------
 
 HAS_KERNEL = "cpu" in BACKENDS
@@ -345,6 +344,9 @@ needs_a_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the CPU kernel could
 @pytest.mark.parametrize("faster", [False, True])
 def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeypatch):
     monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster and HAS_KERNEL)
+    monkeypatch.setattr(
+        importlib.import_module("blockvit.fold"), "beats_convolution", lambda *sizes: faster and HAS_KERNEL
+    )
     model = folded_vit()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -356,6 +358,25 @@ def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeyp
     assert (kinds["heads.head"] is BlockSparseLinear) is moved
     assert (kinds["encoder.layers.encoder_layer_0.self_attention.qkv"] is BlockSparseLinear) is moved
     assert kinds["encoder.layers.encoder_layer_0.mlp.0"] is BlockSparseLinear
+    assert isinstance(converted.conv_proj, PatchEmbedding) is moved
+
+
+def test_other_convolutions_stay_where_they_are():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 1), nn.Conv2d(16, 16, 4, 4), nn.Flatten(), nn.Linear(64, 16))
+    converted = to_block_sparse(model, 16, dense_backend="gather")
+    assert [type(m) for m in converted] == [nn.Conv2d, PatchEmbedding, nn.Flatten, BlockSparseLinear]
+
+
+@needs_a_kernel
+def test_auto_measures_the_patch_embedding_against_the_convolution(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu, "beats", lambda ours, dense: asked.append((ours(), dense())) or True)
+    blockvit.patches.beats_convolution.cache_clear()
+    assert blockvit.patches.beats_convolution(32, 3, 4, torch.float32, 32)
+    blockvit.patches.beats_convolution.cache_clear()
+    ((ours, dense),) = asked
+    assert dense.shape == (1, 32, 14, 14)
+    torch.testing.assert_close(ours, dense)
 
 
 @needs_a_kernel
@@ -365,11 +386,14 @@ def test_a_model_without_zeros_goes_whole_to_the_kernel_and_survives_a_file(tmp_
     with torch.no_grad():
         expected = model(x)
         converted = to_block_sparse(model, dense_backend="cpu")
-        assert not [m for m in converted.modules() if type(m) is nn.Linear]
+        assert not [m for m in converted.modules() if type(m) in (nn.Linear, nn.Conv2d)]
         assert {m.backend.name for m in converted.modules() if isinstance(m, BlockSparseLinear)} == {"cpu"}
         torch.testing.assert_close(converted(x), expected)
         file = blockvit.save(converted, tmp_path / "model.safetensors")
         torch.testing.assert_close(blockvit.load(file)(x), expected)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def test_model_bytes_of_a_dense_model():
@@ -408,5 +432,5 @@ def test_random_block_mask_drops_as_many_blocks_as_a_supermask(rows, cols, block
     random_block_mask_(weight, sparsity, block_size, torch.Generator().manual_seed(0))
     blocks = math.ceil(rows / block_size) * math.ceil(cols / block_size)
     zero = blockvit.bsr.zero_blocks(weight, block_size)
-    assert blocks - int(zero.sum()) == blockvit.supermask.num_kept(blocks, sparsity)
+    assert blocks - int(zero.sum()) == blockvit.masks.num_kept(blocks, sparsity)
     assert weight.unique().tolist() in ([0, 1], [1])

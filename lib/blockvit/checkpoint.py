@@ -24,6 +24,7 @@ from .attention import MultiheadAttention, expose_projections
 from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
+from .patches import PatchEmbedding, is_patch_embedding
 from .targets import replace_modules
 
 FORMAT = 1
@@ -78,6 +79,9 @@ def save(
             }
             for name, m in sparse.items()
         },
+        "patch_embeddings": {
+            name: [m.channels, m.patch_size] for name, m in modules.items() if isinstance(m, PatchEmbedding)
+        },
         "identities": [name for name, m in modules.items() if type(m) is nn.Identity],
     }
     # Tied weights are written once for each name: safetensors holds no aliases.
@@ -104,8 +108,11 @@ def _architecture(model: nn.Module) -> dict[str, Any] | None:
     """The arguments that build a torchvision ``VisionTransformer`` like ``model``; None for anything else."""
     import torchvision
 
-    plain = type(model) is torchvision.models.VisionTransformer and isinstance(model.conv_proj, nn.Conv2d)
-    if not plain or model.conv_proj.in_channels != 3:
+    if type(model) is not torchvision.models.VisionTransformer:
+        return None
+    embedding = model.conv_proj
+    channels = {nn.Conv2d: "in_channels", PatchEmbedding: "channels"}.get(type(embedding))
+    if channels is None or getattr(embedding, channels) != 3:
         return None
     norm = model.norm_layer  # another one, or another epsilon, would be built wrongly without a word
     if not isinstance(norm, partial) or (norm.func, norm.args, norm.keywords) != (nn.LayerNorm, (), {"eps": 1e-6}):
@@ -229,6 +236,19 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
             activation=layer["activation"],
         )
 
+    def place_patches(name: str, channels: int, patch_size: int, old: nn.Module) -> PatchEmbedding:
+        out, features = metadata["layers"][f"{name}.linear"]["shape"]
+        there = tuple(old.weight.shape) if is_patch_embedding(old) else type(old).__name__
+        if there != (out, channels, patch_size, patch_size):
+            raise ValueError(
+                f"the file is of another architecture than {type(model).__name__}: {name} embeds patches by "
+                f"{(out, channels, patch_size, patch_size)} in the file, {there} in the model"
+            )
+        linear = nn.Linear(features, out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        return PatchEmbedding(linear, channels, patch_size)
+
+    embeddings = metadata.get("patch_embeddings", {})  # files of before there were any have no such entry
+    replace_modules(model, {name: partial(place_patches, name, *sizes) for name, sizes in embeddings.items()})
     replace_modules(model, {name: partial(place, name, layer) for name, layer in metadata["layers"].items()})
     replace_modules(model, {name: lambda _: nn.Identity() for name in metadata["identities"]})
 

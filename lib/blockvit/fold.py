@@ -15,6 +15,7 @@ from .kernels import cpu, resolve
 from .linear import BlockSparseLinear
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
+from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
 from .supermask import SupermaskLinear, supermask_layers
 from .targets import Targets, matching, replace_modules
 
@@ -149,9 +150,9 @@ def to_block_sparse(
             True also for a model that is yet to be moved to a GPU, False nowhere.
         dense_backend: where the linear layers go that would stay dense. None leaves them ``nn.Linear``. A backend's
             name makes them ``BlockSparseLinear`` too, with all their blocks, which are then frozen and held twice (as
-            checkpoint and packed). ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at
-            least a tenth faster than ``nn.Linear`` at one image's tokens. Convolutions and subclasses of
-            ``nn.Linear`` stay.
+            checkpoint and packed); so does a ViT's patch embedding, as a ``patches.PatchEmbedding``. ``"auto"``
+            measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at least a tenth faster than PyTorch's
+            own at one image's tokens. Other convolutions and subclasses of ``nn.Linear`` stay.
 
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
@@ -184,19 +185,25 @@ DENSE_BLOCK_SIZE = 32
 
 
 def _place_dense(model: nn.Module, backend: str) -> None:
-    def chosen(linear: nn.Linear) -> bool:
-        weight = linear.weight
-        if backend == "auto":
-            on_cpu = weight.device.type == "cpu"
-            return on_cpu and cpu.beats_dense(tuple(weight.shape), weight.dtype, DENSE_BLOCK_SIZE)
-        return resolve(backend, weight.device, weight.dtype, DENSE_BLOCK_SIZE).name != "dense"
+    def chosen(layer: nn.Module) -> bool:
+        weight = layer.weight
+        if backend != "auto":
+            return resolve(backend, weight.device, weight.dtype, DENSE_BLOCK_SIZE).name != "dense"
+        if weight.device.type != "cpu":
+            return False
+        if isinstance(layer, nn.Linear):
+            return cpu.beats_dense(tuple(weight.shape), weight.dtype, DENSE_BLOCK_SIZE)
+        out, channels, patch_size, _ = weight.shape
+        return beats_convolution(out, channels, patch_size, weight.dtype, DENSE_BLOCK_SIZE)
 
-    def convert(linear: nn.Linear) -> BlockSparseLinear:
+    def convert(layer: nn.Module) -> nn.Module:
         name = "cpu" if backend == "auto" else backend
-        return BlockSparseLinear.from_dense(linear, DENSE_BLOCK_SIZE, backend=name)
+        make = BlockSparseLinear.from_dense if isinstance(layer, nn.Linear) else PatchEmbedding.from_conv
+        return make(layer, DENSE_BLOCK_SIZE, backend=name)
 
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear}
-    replace_modules(model, dict.fromkeys([name for name, linear in layers.items() if chosen(linear)], convert))
+    layers = model.named_modules(remove_duplicate=False)
+    able = {name: m for name, m in layers if name and (type(m) is nn.Linear or is_patch_embedding(m))}
+    replace_modules(model, dict.fromkeys([name for name, layer in able.items() if chosen(layer)], convert))
 
 
 def _fuse_gelu(model: nn.Module) -> None:

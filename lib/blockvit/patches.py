@@ -6,9 +6,13 @@ kernel for linear layers can run it.
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor, nn
 
 from .bsr import BSRMatrix
+from .kernels import cpu
 from .linear import BlockSparseLinear
 
 
@@ -61,3 +65,21 @@ class PatchEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return f"channels={self.channels}, patch_size={self.patch_size}"
+
+
+PATCHES = 14
+"""A side of the picture that ``beats_convolution`` measures with: that of ViT-B/16 at 224 pixels."""
+
+
+@cache
+def beats_convolution(out: int, channels: int, patch_size: int, dtype: torch.dtype, block_size: int) -> bool:
+    """Whether the CPU kernel embeds one picture's patches faster than PyTorch's convolution; measured once."""
+    if cpu.CPU.refusal(torch.device("cpu"), dtype, block_size) is not None:
+        return False
+    conv = nn.Conv2d(channels, out, patch_size, patch_size, dtype=dtype, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.fill_(0.01)
+    embedding = PatchEmbedding.from_conv(conv, block_size, backend="cpu")
+    images = torch.full((1, channels, PATCHES * patch_size, PATCHES * patch_size), 0.01, dtype=dtype)
+    return cpu.beats(lambda: embedding(images), lambda: conv(images))
