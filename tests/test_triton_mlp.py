@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_interpreter import INTERPRETED, every_device, test_file_in_the_interpreter
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_interpreter import INTERPRETED, every_device, run_interpreted, test_file_in_the_interpreter
 
-from blockvit import BSRMatrix
+import blockvit
+from blockvit import BlockSparseLinear, BlockSparseMLP, BSRMatrix, tune
+from blockvit.fold import random_block_mask_
+from blockvit.kernels import tuning
+from blockvit.mlp import fuse_mlps
 
 pytest.importorskip("triton")
 from blockvit.kernels.triton import mlp, offline, packing
+from blockvit.kernels.triton import parameters as tuned
 
 # Errors of two sums of up to some hundred products of normal numbers, relative to the largest result.
 TOLERANCE = {
@@ -84,6 +94,12 @@ def assert_near(y, expected, dtype, precision):
 
 
 @pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty folder for tuned parameters."""
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path / "tuned"))
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Every new tensor is full of NaN: what is read before it was written, or never written, shows."""
     empty = torch.Tensor.new_empty
@@ -103,9 +119,9 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 def test_equals_two_dense_layers(device, block_size, dtype, precision, poison):
     b = block_size
-    first, second = matrix((5 * b, 3 * b), b, dtype), matrix((3 * b, 5 * b), b, dtype)
-    bias1, bias2 = torch.randn(5 * b), torch.randn(3 * b)
-    x = torch.randn(70, 3 * b).to(dtype)  # a whole tile and a tail
+    first, second = matrix((4 * b, 2 * b), b, dtype), matrix((2 * b, 4 * b), b, dtype)
+    bias1, bias2 = torch.randn(4 * b), torch.randn(2 * b)
+    x = torch.randn(70, 2 * b).to(dtype)  # a whole tile and a tail
     operands = x, first, bias1, second, bias2, ("gelu", None)
     parameters = mlp.default_parameters(b, dtype.itemsize, HOPPER_SHARED) | {"BLOCK_M": 64}
     y = fused(*operands, precision=precision, parameters=parameters, device=device)
@@ -113,8 +129,9 @@ def test_equals_two_dense_layers(device, block_size, dtype, precision, poison):
 
 
 @every_device
-@pytest.mark.parametrize("tokens", [1, 16, 100])
-@pytest.mark.parametrize("activations", [(None, None), ("gelu_tanh", "gelu"), ("gelu", "gelu_tanh")])
+@pytest.mark.parametrize(
+    "tokens, activations", [(1, (None, None)), (16, ("gelu_tanh", "gelu")), (100, ("gelu", "gelu_tanh"))]
+)
 def test_scratch_serves_tile_after_tile(device, tokens, activations, poison):
     # 100 tokens in tiles of 16: the interpreter's two programs take three or four each.
     first, second = matrix((96, 64), 16, torch.float32), matrix((48, 96), 16, torch.float32)
@@ -167,7 +184,7 @@ def test_nan_stays_with_its_token(device):
 
 
 @every_device
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_groups_and_sizes(device, seed, poison):
     b, dtype = (16, 32)[seed % 2], (torch.float32, torch.float16)[seed // 2 % 2]
     sizes = [int(n) for n in torch.randint(b + 1, 6 * b, (3,))]
@@ -275,3 +292,332 @@ def test_defaults_use_tensor_cores_and_fit_without_spills(arch, dtype, precision
     wanted = mlp.default_parameters(max(heights), dtype.itemsize, offline.SHARED_BYTES[arch])["PROGRAMS"]
     assert report.programs_at_once(arch) >= (wanted if arch == 90 else 1)
     assert "cp.async.cg.shared.global" in report.ptx  # pipelined loads, 16 bytes wide
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+def sequence(device: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, kept: float = 0.5) -> nn.Sequential:
+    """40 -> 100 -> 24 features in blocks of 16 as torchvision builds an MLP, in evaluation mode; nothing fused yet."""
+    layers = []
+    for shape in ((100, 40), (24, 100)):
+        weight = matrix(shape, 16, dtype, kept)
+        bias = nn.Parameter(torch.randn(shape[0]).to(dtype))
+        layers.append(BlockSparseLinear(weight, bias, backend="triton" if device == "cpu" else "auto").to(device))
+    return nn.Sequential(layers[0], nn.GELU(), nn.Dropout(dropout), layers[1], nn.Dropout(dropout)).eval()
+
+
+def mlp_of(plain: nn.Sequential) -> BlockSparseMLP:
+    """A fused copy, for any number of tokens."""
+    (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
+    assert type(fused) is BlockSparseMLP
+    fused.min_tokens = 1
+    return fused
+
+
+class Operators(TorchDispatchMode):
+    """Names of this library's operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "blockvit":
+            self.names.append(function.name().split("::")[1].removesuffix("_no_grad"))
+        return function(*args, **(kwargs or {}))
+
+
+def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
+    with Operators() as mode:
+        model(x)
+    return mode.names
+
+
+FUSED, ONE_BY_ONE = ["triton_mlp"], ["triton_linear", "triton_linear"]
+
+
+@every_device
+@pytest.mark.parametrize("shape", [(40,), (3, 7, 40), (0, 40)], ids=str)
+def test_the_module_is_one_kernel_and_equals_its_children(device, shape, store):
+    plain = sequence(device)
+    fused = mlp_of(plain)
+    x = torch.randn(shape).to(device)
+    with torch.no_grad():
+        assert operators(fused, x) == (FUSED if x.numel() else [])
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-4)
+        if len(shape) == 3:
+            x = x.transpose(0, 1)
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-4)
+
+
+@every_device
+def test_what_keeps_the_module_from_fusing(device, store):
+    plain = sequence(device, dropout=0.5)
+    fused = mlp_of(plain)
+    x = torch.randn(20, 40).to(device)
+    assert operators(fused, x) == ONE_BY_ONE  # a gradient is asked for: of the biases
+    with torch.no_grad():
+        assert operators(fused, x) == FUSED
+        fused.min_tokens = 21
+        assert operators(fused, x) == ONE_BY_ONE
+        fused.min_tokens = 20
+        fused[2].train()
+        assert operators(fused, x) == ONE_BY_ONE
+        fused[2].p = 0.0
+        assert operators(fused, x) == FUSED
+        seen = []
+        hook = fused[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        assert operators(fused, x) == ONE_BY_ONE and seen == [(20, 100)]
+        hook.remove()
+        assert operators(fused, x) == FUSED
+        fused[4].register_forward_hook(lambda module, args, y: y + 1)  # which is called as always
+        assert operators(fused, x) == FUSED
+        torch.testing.assert_close(fused(x), plain(x) + 1, rtol=1e-5, atol=1e-4)
+        with pytest.raises(ValueError, match="the input's last size is 48; expected in_features=40"):
+            fused(torch.randn(20, 48).to(device))
+    for parameter in fused.parameters():
+        parameter.requires_grad_(False)
+    assert operators(fused, x) == FUSED
+    assert operators(fused, x.clone().requires_grad_()) == ONE_BY_ONE
+
+
+@every_device
+def test_gradients_are_those_of_the_layers(device, store):
+    plain = sequence(device)
+    fused = mlp_of(plain)
+    x = torch.randn(20, 40).to(device).requires_grad_()
+    grads = [torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (fused, plain)]
+    torch.testing.assert_close(*grads)
+
+
+@every_device
+def test_the_operator_refuses_gradients_and_passes_opcheck(device, store):
+    first, second = matrix((80, 48), 16, torch.float32), matrix((48, 80), 16, torch.float32)
+    one, two = mlp.schedules(packing.pack(first, 2), packing.pack(second, 1))
+    values = packing.pack(first, 2).values, packing.pack(second, 1).values
+    arguments = (torch.randn(5, 48), *one, values[0], torch.randn(80), *two, values[1], None)
+    arguments = [None if t is None else t.to(device) for t in arguments]
+    rest = first.nnz, 80, 48, "gelu", None
+    torch.library.opcheck(mlp.mlp, (*arguments, *rest), test_utils=("test_schema", "test_faketensor"))
+    y = mlp.mlp(arguments[0].requires_grad_(), *arguments[1:], *rest)
+    with pytest.raises(RuntimeError, match=r"no gradients.*blockvit\.BlockSparseMLP"):
+        y.sum().backward()
+
+
+@every_device
+@torch.no_grad()
+def test_the_schedule_follows_the_weights(device, store):
+    plain, other = sequence(device), sequence(device)
+    fused = mlp_of(plain)
+    x = torch.randn(20, 40).to(device)
+
+    def check(like: nn.Sequential, expected: list[str], x=x, rtol=1e-5) -> None:
+        fused.min_tokens = fused.min_tokens and 1  # from now on, if it can
+        assert operators(fused, x) == expected
+        torch.testing.assert_close(fused(x), like(x), rtol=rtol, atol=10 * rtol)
+
+    fused.load_state_dict(other.state_dict())
+    check(other, FUSED)
+    fused[0].load_state_dict(plain[0].state_dict())  # nobody tells the whole of it: what it knows is out of date
+    check(nn.Sequential(plain[0], *other[1:]), ONE_BY_ONE)
+    fused[3] = copy.deepcopy(plain[3])
+    check(plain, FUSED)
+    fused.half()  # steps join more blocks of fewer bytes
+    check(copy.deepcopy(plain).half(), FUSED, x.half(), 1e-2)
+    fused.float()
+    check(copy.deepcopy(plain).half().float(), FUSED)
+    del fused[1]  # the GELU
+    check(nn.Sequential(plain[0], *plain[2:]).half().float(), FUSED)
+
+
+@every_device
+@torch.no_grad()
+def test_autocast_computes_in_the_weights_dtype(device, store):
+    fused = mlp_of(sequence(device))
+    x = torch.randn(20, 40).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        assert operators(fused, x.bfloat16()) == FUSED
+        torch.testing.assert_close(fused(x.bfloat16()), fused(x.bfloat16().float()))
+
+
+@every_device
+@torch.no_grad()
+def test_min_tokens_and_parameters_are_what_tuning_found(device, store):
+    plain = sequence(device)
+    (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
+    multiprocessors = 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    assert fused.min_tokens == 64 * multiprocessors
+    name = tuning.device_name(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    precision = tuned.precision(torch.float32)
+    for tokens, ms in ((20, 3.0), (40, 1.0), (30, 1.5)):
+        key = mlp.key((40, 100), tokens, 16, torch.float32, plain[0].bsr.nnz, precision)
+        parameters = SMALL | {"BLOCK_M": 32 if tokens == 40 else 16}
+        tuning.store(name, tuned.MLP, key, parameters, ms=ms, default_ms=2.0, seconds=1.0)
+    (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
+    assert fused.min_tokens == 30
+    x = torch.randn(39, 40).to(device)
+    asked, original = [], mlp.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mlp, "launch", lambda *args, **kwargs: asked.append(kwargs["parameters"]) or original(*args, **kwargs)
+        )
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-4)
+    assert [parameters["BLOCK_M"] for parameters in asked] == [32]
+    for tokens in (30, 40):
+        key = mlp.key((40, 100), tokens, 16, torch.float32, plain[0].bsr.nnz, precision)
+        tuning.store(name, tuned.MLP, key, SMALL, ms=3.0, default_ms=2.0, seconds=1.0)
+    (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
+    assert operators(fused, x) == ONE_BY_ONE  # never faster
+
+
+@every_device
+@torch.no_grad()
+def test_a_model_on_the_triton_backend_is_fused_by_default_and_survives_a_file(device, store, tmp_path):
+    model = torchvision.models.VisionTransformer(16, 4, 1, 2, 32, 64, num_classes=10).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model = blockvit.fold(blockvit.sparsify(model, 0.5, 16, targets="mlp")).to(device)
+    x = torch.randn(4, 3, 16, 16).to(device)
+    expected = model(x)
+    blockvit.to_block_sparse(model, 16, backend="triton")
+    file = blockvit.save(model, tmp_path / "model.safetensors")
+    loaded = blockvit.load(file, backend="triton") if device == "cpu" else blockvit.load(file).to(device)
+    for other in (model, fuse_mlps(loaded)):
+        other.encoder.layers[0].mlp.min_tokens = 1
+        assert operators(other, x) == FUSED
+        torch.testing.assert_close(other(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@every_device
+@torch.no_grad()
+def test_compiles_without_graph_breaks(device, store):
+    torch._dynamo.reset()
+    fused = mlp_of(sequence(device))
+    fused.min_tokens = 16
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    for shape in [(2, 10, 40), (3, 20, 40), (3, 40)]:  # the last has too few tokens
+        x = torch.randn(shape).to(device)
+        torch.testing.assert_close(compiled(x), fused(x), rtol=1e-5, atol=1e-4)
+
+
+SEARCH = """
+import torch, triton.testing
+from blockvit import tune
+from blockvit.kernels.triton import mlp
+
+launched, launch = [], mlp.launch
+def recorded(*args, parameters, **options):
+    launched.append(dict(parameters))
+    return launch(*args, parameters=parameters, **options)
+mlp.launch = recorded
+
+def do_bench(call, return_mode, warmup=None, rep=None):
+    before = len(launched)
+    assert torch.isfinite(call()).all()
+    if len(launched) == before:
+        return 9.0  # one by one
+    return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)  # as if short tiles and two were best
+triton.testing.do_bench = do_bench
+
+found = tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu"))
+assert found.parameters == {"BLOCK_M": 32, "PROGRAMS": 2, "num_warps": 4, "num_stages": 2}, found
+assert (found.ms, found.default_ms) == (0.32, 9.0), found
+
+def do_bench(call, **options):
+    raise triton.OutOfResources(1, 0, "shared memory")
+triton.testing.do_bench = do_bench
+assert tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu")) is None
+print("done")
+"""
+
+
+def test_the_search_runs_in_the_interpreter():
+    run_interpreted(SEARCH)
+
+
+# --- on a GPU only ---------------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+
+
+def large(dtype: torch.dtype, tokens: int, block_size: int = 64) -> tuple[nn.Sequential, BlockSparseMLP, torch.Tensor]:
+    """ViT-B/16's MLP at 90%, plain and fused, and that many tokens."""
+    layers = []
+    for out_features, in_features in ((3072, 768), (768, 3072)):
+        linear = nn.Linear(in_features, out_features)
+        generator = torch.Generator().manual_seed(out_features)
+        random_block_mask_(linear.weight.data, 0.9, block_size, generator)
+        linear.to(CUDA, dtype)
+        layers.append(BlockSparseLinear.from_dense(linear, block_size, backend="triton"))
+    plain = nn.Sequential(layers[0], nn.GELU(), layers[1]).eval()
+    return plain, mlp_of(plain), torch.randn(tokens, 768, device=CUDA, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [50432, 197], ids=str)
+@torch.no_grad()
+def test_a_large_batch_on_a_gpu_again_and_again(dtype, tokens, block_size):
+    # An error that changes from call to call would be a race between the halves.
+    plain, fused, x = large(dtype, tokens, block_size)
+    assert operators(fused, x) == FUSED
+    y = fused(x)
+    torch.testing.assert_close(y, plain(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+    for _ in range(20):
+        assert torch.equal(fused(x), y)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_replays_as_a_cuda_graph():
+    plain, fused, x = large(torch.bfloat16, 1000)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fused(x)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(y, plain(x), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_two_streams_do_not_share_scratch_memory():
+    _, fused, x = large(torch.bfloat16, 20000)
+    inputs = [x, torch.randn_like(x)]
+    expected = [fused(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(10):
+        results = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(fused(x))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_memory_in_steady_state_is_the_scratch_memory_and_the_output():
+    _, fused, x = large(torch.bfloat16, 50432)
+    fused(x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = fused(x)
+    assert torch.cuda.max_memory_allocated() - before < y.nbytes + 50432 * 3072 * 2  # less than hidden activations
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tuning_on_a_gpu_finds_parameters_that_run(store):
+    case = tune.Case(512, 128, 20000, 64, torch.bfloat16, 0.8)
+    (found,) = tune.tune(tune.TUNERS[tuned.MLP], [case], CUDA)
+    assert found.found is not None and found.found.default_ms is not None

@@ -6,6 +6,7 @@ an A100 only, its own search is run, ``torch.sparse._triton_ops_meta.tune_bsr_de
 
     python -m blockvit.tune                                          # ViT-B/16's layers, five minutes
     python -m blockvit.tune --backend triton --tokens 50432 197      # our kernel, a large batch and a single image
+    python -m blockvit.tune --backend triton_mlp                     # our fused MLP, against the layers one by one
     python -m blockvit.tune --block-sizes 64 --dtypes bfloat16 --tokens 197 --seconds 60
 
 Exit codes: 0 done, as far as the time allowed; 1 no parameters work for a case; 2 wrong arguments; 3 no GPU.
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .bsr import BSRMatrix
 from .fold import random_block_mask_
-from .kernels import torch_tuned, tuning
+from .kernels import resolve, torch_tuned, tuning
 from .kernels.torch_bsr import bsr_tensor, pad_tokens
 from .kernels.triton import packing, parameters
 from .masks import num_kept
@@ -130,6 +131,8 @@ class Tuner:
     """The key that a case is stored under."""
     search: Callable[[Any, torch.device], Found | None]
     """What was found for a case on a device, or None if no parameters work."""
+    shapes: Sequence[tuple[int, int]] = SHAPES
+    """Which are tuned for where none are asked for."""
 
 
 def tune(
@@ -268,9 +271,20 @@ SUMS = 128
 """Sums that a thread may hold: with more, of its 255 registers none are left for what it computes with."""
 
 
-def neighbours(candidate: Mapping[str, int]) -> Iterator[dict[str, int]]:
+MLP_CHOICES = {
+    "BLOCK_M": (32, 64, 128, 256),
+    "PROGRAMS": (1, 2, 3, 4),
+    "num_warps": (4, 8, 16),
+    "num_stages": (2, 3, 4, 5),
+}
+"""The same of our fused MLP."""
+
+
+def neighbours(
+    candidate: Mapping[str, int], choices: Mapping[str, Sequence[int]] = CHOICES
+) -> Iterator[dict[str, int]]:
     """Candidates that differ in one choice by one step; with the size of the groups the width of a tile changes too."""
-    for name, values in CHOICES.items():
+    for name, values in choices.items():
         for step in (1, -1):
             if 0 <= (at := values.index(candidate[name]) + step) < len(values):
                 other = {**candidate, name: values[at]}
@@ -369,9 +383,69 @@ def search_triton(case: Case, device: torch.device) -> Found | None:
     return Found(best, ms, default_ms)
 
 
+def search_mlp(case: Case, device: torch.device) -> Found | None:
+    """Parameters of our fused MLP: its first layer is that of the case, its second leads back. None if none work.
+
+    Its default is not to be used: ``default_ms`` is the time of the layers one by one, with what was tuned for them.
+    """
+    import triton
+
+    from .kernels.triton import mlp
+
+    backend = resolve(parameters.LINEAR, device, case.dtype, case.block_size)
+    x, first, bias1 = make_operands(case, device)
+    _, second, bias2 = make_operands(
+        replace(case, out_features=case.in_features, in_features=case.out_features), device
+    )
+    weights = [backend.pack(matrix) for matrix in (first, second)]
+    packed = [packing.Packed(*map(weight.get, ("crow", "col", "values", "rows"))) for weight in weights]
+    height = max(p.values.shape[1] for p in packed)
+    precision, shared = parameters.precision(case.dtype), parameters.resources(device)["shared"]
+    schedules = mlp.schedules(*packed)
+
+    def fused(candidate: Mapping[str, int]) -> Tensor:
+        return mlp.launch(
+            x,
+            schedules[0],
+            packed[0].values,
+            bias1,
+            schedules[1],
+            packed[1].values,
+            bias2,
+            sizes=(first.padded_shape[0], second.padded_shape[0]),
+            activations=("gelu", None),
+            precision=precision,
+            parameters=candidate,
+        )
+
+    def one_by_one() -> Tensor:
+        return backend.linear(backend.linear(x, weights[0], bias1, "gelu"), weights[1], bias2, None)
+
+    def time_of(call: Callable[[], Tensor], **effort: int) -> float | None:
+        try:
+            return triton.testing.do_bench(call, return_mode="median", **effort)
+        except (triton.OutOfResources, triton.CompilationError):
+            return None
+
+    def fits(candidate: Mapping[str, int]) -> bool:
+        tile = candidate["BLOCK_M"], height, parameters.TILE_BYTES // case.dtype.itemsize, candidate["num_stages"]
+        sums = candidate["BLOCK_M"] * height // (32 * candidate["num_warps"])
+        return parameters.shared_bytes(*tile, case.dtype.itemsize) <= shared and 2 * sums <= mlp.max_registers(
+            candidate
+        )
+
+    best = descend(
+        mlp.default_parameters(height, case.dtype.itemsize, shared),
+        lambda candidate: filter(fits, neighbours(candidate, MLP_CHOICES)),
+        lambda candidate: time_of(lambda: fused(candidate), warmup=WARMUP_MS, rep=REP_MS),
+    )
+    return None if best is None else Found(best, time_of(lambda: fused(best)), time_of(one_by_one))
+
+
 TUNERS = {
     torch_tuned.NAME: Tuner(torch_tuned.NAME, case_key, lambda case, device: search_torch_bsr(case, device)),
     parameters.LINEAR: Tuner(parameters.LINEAR, triton_key, lambda case, device: search_triton(case, device)),
+    parameters.MLP: Tuner(parameters.MLP, triton_key, lambda case, device: search_mlp(case, device), SHAPES[:1]),
 }
 """By the name of the backend."""
 
@@ -415,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no NVIDIA GPU: torch.cuda.is_available() is False, and kernels are tuned on one", file=sys.stderr)
         return 3
     cases = make_cases(
-        options.shapes,
+        options.shapes or TUNERS[options.backend].shapes,
         block_sizes=options.block_sizes,
         dtypes=[DTYPES[name] for name in options.dtypes],
         tokens=options.tokens,
@@ -442,9 +516,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m blockvit.tune", description="Find launch parameters of the block-sparse kernels for this GPU."
     )
     parser.add_argument("--backend", default=torch_tuned.NAME, choices=list(TUNERS), help="default: %(default)s")
-    parser.add_argument(
-        "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTxIN", help="default: ViT-B/16's, e.g. 3072x768"
-    )
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="OUTxIN", help="default: ViT-B/16's, e.g. 3072x768")
     parser.add_argument("--block-sizes", nargs="+", type=_block_size, default=[64, 32, 16], metavar="N")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     parser.add_argument(

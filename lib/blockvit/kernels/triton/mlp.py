@@ -55,9 +55,6 @@ from . import parameters as tuned
 from .epilogue import INTERPRETED, activate, multiply_add
 from .packing import Packed
 
-NAME = "triton_mlp"
-"""The name that launch parameters are stored under."""
-
 REGISTERS = 64 * 1024
 """Of a multiprocessor, from compute capability 8.0 on."""
 
@@ -388,7 +385,7 @@ def _parameters(
     height: int,
 ) -> Mapping[str, int]:
     """Tuned for this GPU, else by rule. Remembered; ``stored`` is ``tuning.stored()``: what was just tuned counts."""
-    entries = tuning.load(tuning.device_name(device)).get(NAME, [])
+    entries = tuning.load(tuning.device_name(device)).get(tuned.MLP, [])
     entry = tuning.nearest(entries, key(sizes, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return entry["parameters"]
@@ -404,7 +401,7 @@ def min_tokens(device: torch.device, sizes: tuple[int, int], block_size: int, dt
     """
     wanted = key(sizes, 1, block_size, dtype, nnz, tuned.precision(dtype))
     alike = ("block_size", "dtype", "in_features", "out_features")
-    entries = tuning.load(tuning.device_name(device)).get(NAME, [])
+    entries = tuning.load(tuning.device_name(device)).get(tuned.MLP, [])
     entries = [e for e in entries if all(e["key"][name] == wanted[name] for name in alike)]
     if not entries:
         return 64 * (1 if INTERPRETED else tuned.resources(device)["multiprocessors"])

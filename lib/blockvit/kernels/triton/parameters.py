@@ -16,6 +16,9 @@ from .. import tuning
 LINEAR = "triton"
 """The name that parameters of the block-sparse linear are stored under."""
 
+MLP = "triton_mlp"
+"""The name of those of the fused MLP (``mlp``)."""
+
 FLOAT32 = "tf32x3"
 """How float32 is multiplied where TF32 is not allowed: as three products in TF32, as accurate as float32's own.
 
