@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from triton_interpreter import INTERPRETED, every_device, test_file_in_the_interpreter
 
 from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
+from blockvit.fold import random_block_mask_
 from blockvit.kernels import resolve, tuning
 from blockvit.kernels.triton import packing, parameters
 
@@ -499,6 +501,25 @@ def test_what_is_chosen_costs_least_and_stays_within_its_memory(block_size, kept
         fits = other.values.numel() <= packing.MEMORY * weight.values.numel()
         if fits and other.values.shape[1] * dtype.itemsize <= packing.WIDEST_BYTES:
             assert cost(chosen) <= cost(other)
+
+
+@plain
+def test_the_count_in_the_documentation_is_what_is_packed():
+    table = re.findall(r"^ .* (\d+) +(\d+) +(\d+) +(\d+\.\d) +(\d\.\d\d)(?: GB)? +(\d\.\d\d)", linear.__doc__, re.M)
+    shapes = [shape for shape in ((3072, 768), (768, 3072)) for _ in range(4)]
+    for (out_features, in_features), row in zip(shapes, table, strict=True):
+        block_size = int(row[0])
+        generator = torch.Generator().manual_seed(0)
+        dense = torch.randn(out_features, in_features, generator=generator)
+        random_block_mask_(dense, 0.9, block_size, generator)
+        packed = packing.pack(BSRMatrix.from_dense(dense.bfloat16(), block_size))
+        groups, (entries, height, _) = packed.crow.shape[0] - 1, packed.values.shape
+        length, tokens = entries * block_size / groups, 50432
+        p = parameters.default(height, length, 2, "ieee", tokens, groups, **LIMITS)
+        x_bytes = 2 * tokens * entries * block_size * (height // p["BLOCK_N"])
+        weight_bytes = 2 * tokens / p["BLOCK_M"] * packed.values.numel()
+        counted = height // block_size, p["BLOCK_N"], length / p["BLOCK_K"], x_bytes / 1e9, weight_bytes / 1e9
+        assert [float(number) for number in row[1:]] == pytest.approx(counted, rel=0.05, abs=0.005)
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

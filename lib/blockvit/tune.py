@@ -1,8 +1,8 @@
 """Finding launch parameters for this machine's GPU: ``python -m blockvit.tune``.
 
 One case after the other is searched within a time limit, and what is found is stored at once (``kernels.tuning``),
-where the backend reads it. For ``torch_tuned``, PyTorch's BSR kernel, which knows good parameters for a few shapes on an
-A100 only, its own search is run, ``torch.sparse._triton_ops_meta.tune_bsr_dense_addmm``; ``triton`` is our own kernel.
+where the backend reads it. For ``torch_tuned``, PyTorch's BSR kernel, which knows good parameters for a few shapes on
+an A100 only, its own search is run, ``torch.sparse._triton_ops_meta.tune_bsr_dense_addmm``; ``triton`` is our kernel.
 
     python -m blockvit.tune                                          # ViT-B/16's layers, five minutes
     python -m blockvit.tune --backend triton --tokens 50432 197      # our kernel, a large batch and a single image
@@ -336,10 +336,8 @@ def search_triton(case: Case, device: torch.device) -> Found | None:
 
     def measured(candidate: Mapping[str, int], **effort: int) -> float | None:
         p = packed(candidate["GROUP"])
-        if (
-            p.values.shape[1] != candidate["GROUP"] * b
-            or len(p.values) * candidate["GROUP"] > packing.MEMORY * matrix.nnz
-        ):
+        too_few_rows = p.values.shape[1] != candidate["GROUP"] * b
+        if too_few_rows or p.values.numel() > packing.MEMORY * matrix.values.numel():
             return None
         options = {
             "precision": precision,

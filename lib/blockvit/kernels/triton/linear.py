@@ -1,4 +1,30 @@
-"""Block-sparse linear, forward: ``activation(x @ W.T + bias)`` with a block-sparse ``W``."""
+"""Block-sparse linear, forward: ``activation(x @ W.T + bias)`` with a block-sparse ``W``.
+
+A program computes a tile of tokens x the outputs of one group of block rows (``packing``) and walks along the group's
+blocks. Each step gathers a tile of ``x``, in place and with any strides, from the columns that the indices name.
+
+What bounds it, counted for an H100, not measured: ViT-B/16's MLP at 90%, 256 images (50432 tokens), bfloat16, default
+parameters. Either layer keeps 24 GFLOP and has to move 0.39 GB, nearly all of it activations: 0.13 ms at 3.0 TB/s, what
+a copy reaches. Beside that stand the bytes that programs read from the L2 cache, at 5.5 TB/s, and the products, zeros
+within groups included, at 650 TFLOP/s:
+
+    layer           block  group  outputs  tiles   L2: x   L2: weight         products         bound by
+    3072x768 (fc1)     16      4       64    2.9  0.89 GB     0.44 GB  0.24 ms   57 GFLOP  0.09 ms  L2
+                       32      2       64    1.7  0.53        0.26     0.14      34        0.05     L2, memory
+                       64      2      128    1.7  0.26        0.26     0.10      33        0.05     memory
+                      128      1      128    1.2  0.19        0.19     0.07      25        0.04     memory
+    768x3072 (fc2)     16      2       32    8.4  1.31        0.33     0.30      42        0.06     L2
+                       32      1       32    4.8  0.75        0.19     0.17      24        0.04     L2
+                       64      1       64    4.8  0.37        0.19     0.10      24        0.04     memory
+                      128      1      128    5.0  0.19        0.19     0.07      25        0.04     memory
+
+``group``: block rows in one; ``outputs``: of a program; ``tiles``: steps of a program on average. Without groups fc1 in
+blocks of 16 would read 1.49 GB of ``x``, and in tiles a quarter as wide. What 155 million exact GELUs take, see
+``epilogue``. In float32, by three products in TF32, memory takes 0.26 ms and the products 0.22 ms of either layer.
+
+Steps are few, so a program spends most of its time waiting for its first tile: what hides that are several programs on
+a multiprocessor, which is why tiles are no larger and no more of them on their way.
+"""
 
 from __future__ import annotations
 

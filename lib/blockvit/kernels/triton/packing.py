@@ -25,8 +25,8 @@ WIDEST_BYTES = 256
 MEMORY = 4
 """A packed weight holds at most so many times the blocks of the weight, whatever a larger group would save."""
 
-TOKENS = 128
-"""Tokens of a tile in the count below: how often the weight is read again."""
+TILE_BYTES = 256
+"""Tokens of a tile in the count below, times the bytes of a number: how often the weight is read again."""
 
 L2_BYTES = 5.5e12
 """Bytes a second from the L2 cache of an H100, as microbenchmarks report it. Counted with; not measured here."""
@@ -93,13 +93,13 @@ def pack(weight: BSRMatrix, group: int | None = None) -> Packed:
 
 
 def cost(entries: int, groups: int, group: int, block_size: int, dtype: torch.dtype) -> float:
-    """Counted seconds that a tile of ``TOKENS`` tokens takes of an H100, without what every grouping has in common.
+    """Counted seconds that a tile of tokens takes of an H100, without what every grouping has in common.
 
     Products by the tensor cores' rate, activations and weights by that of the L2 cache, programs by their number.
     """
-    n = group * block_size
-    flop = 2 * TOKENS * n * block_size * max(1, FULL_WIDTH / n)
-    moved = dtype.itemsize * block_size * (TOKENS + n)
+    tokens, n = TILE_BYTES // dtype.itemsize, group * block_size
+    flop = 2 * tokens * n * block_size * max(1, FULL_WIDTH / n)
+    moved = dtype.itemsize * block_size * (tokens + n)
     return entries * (flop / TENSOR_FLOPS[dtype] + moved / L2_BYTES) + groups * PROGRAM_SECONDS
 
 
