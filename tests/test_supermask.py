@@ -570,6 +570,14 @@ def test_what_is_in_force_is_not_saved_and_survives_a_move():
         assert int(layer.block_mask().sum()) == num_kept(layer.num_blocks, 0.375)
 
 
+def test_a_model_moved_in_inference_mode_can_still_be_scheduled():
+    model = sparsify(small_transformer(), 0.75, 4)
+    with torch.inference_mode():
+        model.cpu()
+    set_sparsity(model, 0.5)
+    assert {layer.sparsity_in_force for layer in supermask_layers(model).values()} == {0.375}
+
+
 def test_a_model_made_on_the_meta_device_gets_its_settings_with_its_memory():
     layer = SupermaskLinear(16, 16, sparsity=0.75, block_size=4, device="meta").to_empty(device="cpu")
     with torch.no_grad():
