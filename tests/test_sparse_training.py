@@ -226,6 +226,13 @@ def test_a_loaded_state_chooses_the_mask():
     assert torch.equal(net[0].frozen_mask, net[0].block_mask())
 
 
+def test_the_mask_moves_with_the_model():
+    net = model()
+    train_sparse(net, adam(net), refresh_every=100)
+    net.to("meta")
+    assert all(tensor.is_meta for tensor in net[0]._mask_and_pattern)
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_new_sparsity_is_in_force_at_once(share):
     masked = model()
