@@ -116,8 +116,9 @@ def test_files_train_like_tensors(tmp_path):
 
 def test_accumulated_passes_give_the_weights_of_one():
     recipe = replace(TINY, epochs=2, clip_grad_norm=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, hflip=True)
-    (whole, _), (cut, history) = run(recipe, tiny_model()), run(recipe, tiny_model(), accumulate=4)
+    (whole, expected), (cut, history) = run(recipe, tiny_model()), run(recipe, tiny_model(), accumulate=4)
     assert history.epochs[0]["accumulate"] == 4
+    assert history.epochs[-1]["train_loss"] == pytest.approx(expected.epochs[-1]["train_loss"])
     for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=5e-5)
     assert not same_weights(cut, run(replace(recipe, seed=1), tiny_model(), accumulate=4)[0])
