@@ -156,6 +156,38 @@ def test_throughput_is_that_of_training_alone(monkeypatch):
     assert history.epochs[0]["data_share"] == pytest.approx(4 / 9)
 
 
+def test_files_have_the_sizes_of_the_recipe(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label in ("dark", "light"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(2):
+                # Light in the middle, so that a central crop out of a larger resize is lighter.
+                picture = Image.new("RGB", (40, 40))
+                picture.paste((255, 255, 255), (10, 10, 30, 30))
+                picture.save(tmp_path / split / label / f"{i}.png")
+    splits = data.load("folder", tmp_path, image_size=32)
+    seen = []
+
+    class Any(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            seen.append((self.training, x.shape[-1], x.mean().item()))
+            return x.mean((1, 2, 3))[:, None] * self.weight
+
+    for resize in (12, 16):
+        sizes = {"train_crop_size": 16, "val_resize_size": resize, "val_crop_size": 12}
+        train.fit(Any(), splits, replace(TINY, epochs=2, batch_size=4, **sizes), progress=False)
+    assert {size for training, size, _ in seen if training} == {16}
+    assert {size for training, size, _ in seen if not training} == {12}
+    whole, cropped = seen[1][2], seen[-1][2]
+    assert cropped > whole + 0.5
+
+
 def test_bf16_autocast_on_the_cpu():
     seen = []
     model = tiny_model()

@@ -3,22 +3,32 @@ import math
 import pandas as pd
 import pytest
 
+from blockvit.results import IMAGES_PER_SECOND, STEP_SECONDS
 from blockvit.train import days_on_nodes, grid_cost
+
+SETUP = {"device": "a GPU", "model": "vit_b_16", "precision": "bf16", "batch_size": 256, "compile": "eager"}
+RATE = {**SETUP, "metric": IMAGES_PER_SECOND, "unit": "1/s"}
+
+
+def row(value, block_size=None, sparsity=None, backend="supermask", **changes):
+    backend = "dense" if block_size is None else backend
+    return {**RATE, "backend": backend, "block_size": block_size, "sparsity": sparsity, "value": value, **changes}
+
 
 ROWS = pd.DataFrame(
     [
-        {"block_size": None, "sparsity": None, "value": 1000.0},
-        {"block_size": None, "sparsity": None, "value": 1200.0},
-        {"block_size": None, "sparsity": None, "value": 1100.0},
-        {"block_size": 32, "sparsity": 0.9, "value": 1000.0},
-        {"block_size": 32, "sparsity": 0.5, "value": 900.0},
-        {"block_size": 64, "sparsity": 0.9, "value": 1050.0},
+        *(row(value) for value in (1000.0, 1200.0, 1100.0)),
+        row(1000.0, 32, 0.9),
+        row(900.0, 32, 0.5),
+        row(1050.0, 64, 0.9),
+        row(10.0, 32, 0.9, backend="naive"),
+        row(0.2, 32, 0.9, metric=STEP_SECONDS),
     ]
 )
 
 
 def test_the_published_grid_takes_what_was_measured():
-    rows = pd.concat([ROWS, pd.DataFrame([{"block_size": 16, "sparsity": 0.9, "value": 800.0}])])
+    rows = pd.concat([ROWS, pd.DataFrame([row(800.0, 16, 0.9)])])
     costs = grid_cost(rows)
     assert len(costs) == 1 + 3 * 7
     dense = costs.iloc[0]
@@ -46,6 +56,10 @@ def test_a_smaller_grid():
         (ROWS, "no training speed of block size 16 was measured"),
         (ROWS.assign(value=0.0), r"images per second are \[0.0.*expected positive numbers"),
         (ROWS.assign(value=math.nan), "expected positive numbers"),
+        (
+            pd.concat([ROWS, ROWS.assign(precision="fp32")]),
+            r"rows are of precision \['bf16', 'fp32'\]",
+        ),
     ],
 )
 def test_what_was_not_measured_is_not_made_up(rows, message):

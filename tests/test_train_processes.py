@@ -61,7 +61,7 @@ def error_of(work):
 def train_together(folder):
     """Everything that two processes can find out in one start: written to a file for each."""
     folder, processes = Path(folder), join("cpu")
-    resumed, history = fit(model=tiny_model(seed=processes.rank), checkpoint=folder / "killed.pt")
+    resumed, history = fit(model=tiny_model(seed=processes.rank), checkpoint=folder / "killed.pt", accumulate=2)
     evaluated = train.evaluate(resumed, splits().test, processes=processes)
 
     def break_one(module, args, output):
@@ -69,13 +69,14 @@ def train_together(folder):
 
     broken = tiny_model()
     broken.register_forward_hook(break_one)
-    fit(TINY, checkpoint=folder / "kept.pt")
+    fresh, _ = fit(TINY, tiny_model(seed=processes.rank), checkpoint=folder / "kept.pt")
     kept = (folder / "kept.pt").read_bytes()
     nan = error_of(lambda: fit(TINY, broken, checkpoint=folder / "kept.pt", resume=False))
     with room_for(1000 if processes.is_main else 10**9):
         full = error_of(lambda: fit(TINY, checkpoint=folder / "kept.pt", resume=False))
     found = {
         "weights": resumed.state_dict(),
+        "fresh": fresh.state_dict(),
         "history": history.epochs,
         "evaluated": evaluated,
         "nan": nan,
@@ -145,6 +146,13 @@ def test_every_process_ends_up_with_the_same_weights(together):
     assert all(torch.equal(together[0]["weights"][name], weight) for name, weight in together[1]["weights"].items())
 
 
+def test_initial_weights_are_those_of_the_main_process(together):
+    model, _ = fit(TINY, tiny_model(seed=0))
+    for found in together:
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(found["fresh"][name], weight, rtol=0, atol=2e-4)
+
+
 def test_every_picture_is_evaluated_once(together):
     model = tiny_model()
     model.load_state_dict(together[0]["weights"])
@@ -184,6 +192,7 @@ def test_processes_must_train_the_same_thing(together):
 # The launchers
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_the_model_of_one_process(tmp_path):
     options = [
         *["--dataset", "digits", "--model", "vit_digits", "--sparsity", "0.8", "--block-size", "16", "--device", "cpu"],

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ..results import IMAGES_PER_SECOND
+
 IMAGENET_IMAGES = 1_281_167
 GRID_EPOCHS = 300
 GRID_BLOCK_SIZES = (16, 32, 64)
@@ -27,8 +29,9 @@ def grid_cost(
     hangs on the size of the mask, hardly on what it drops.
 
     Args:
-        rows: speeds of training on one GPU: ``block_size`` and ``sparsity`` (missing values: the dense model) and
-            ``value``, images per second. Several of the same training: their median counts.
+        rows: speeds of training on one GPU, as the experiment ``training_step`` has them: those of
+            ``IMAGES_PER_SECOND`` count, of the dense model and of supermasks. One device, model, precision, batch size
+            and way to compile.
         block_sizes, sparsities: the grid.
         epochs: of each training.
         images: in an epoch.
@@ -38,8 +41,13 @@ def grid_cost(
         for a speed of another sparsity), ``gpu_hours``.
 
     Raises:
-        ValueError: no speed of the dense model or of a block size, or one that is not a positive number.
+        ValueError: rows of different setups, no speed of the dense model or of a block size, or one that is not a
+            positive number.
     """
+    rows = rows[(rows["metric"] == IMAGES_PER_SECOND) & rows["backend"].isin(["dense", "supermask"])]
+    for column in ("device", "model", "precision", "batch_size", "compile"):
+        if rows[column].nunique() > 1:
+            raise ValueError(f"rows are of {column} {rows[column].unique().tolist()}; expected those of one")
     if not (rows["value"] > 0).all():
         raise ValueError(f"images per second are {rows['value'].tolist()}; expected positive numbers")
     cells = [(math.nan, math.nan), *((size, sparsity) for size in block_sizes for sparsity in sparsities)]

@@ -62,7 +62,7 @@ class Together(Alone):
     def __init__(self, device: torch.device | str) -> None:
         try:
             from accelerate import Accelerator
-            from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+            from accelerate.utils import InitProcessGroupKwargs
         except ImportError as error:
             raise ImportError(
                 f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but Accelerate, which training in several processes "
@@ -72,10 +72,7 @@ class Together(Alone):
         self._accelerator = Accelerator(
             cpu=torch.device(device).type == "cpu",
             mixed_precision="no",
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=TIMEOUT),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
         self.device = self._accelerator.device
         self.rank = self._accelerator.process_index
