@@ -98,8 +98,9 @@ class _Supermask:
         # Tensors, so that a compiled step is not compiled anew at every change of them. No buffers: what is in force
         # follows from the step, so it is not saved, nor averaged by an exponential moving average.
         device = self.weight.device
-        self._kept = torch.tensor(num_kept(self.num_blocks, self.sparsity_in_force), device=device)
-        self._sharpness = torch.tensor(self.sharpness_in_force, device=device)
+        with torch.inference_mode(False):  # a model that is moved there may be trained later
+            self._kept = torch.tensor(num_kept(self.num_blocks, self.sparsity_in_force), device=device)
+            self._sharpness = torch.tensor(self.sharpness_in_force, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -149,7 +150,8 @@ class _Supermask:
 
     def block_mask(self) -> Tensor:
         """The boolean block mask in force now, ``ceil(size / block_size)`` in every dimension."""
-        return highest(self.block_scores(), self._number_kept())
+        with torch.no_grad():  # norms of the weight would keep what their gradient needs
+            return highest(self.block_scores(), self._number_kept())
 
     def effective_weight(self) -> Tensor:
         """The weight with its dropped blocks at zero, differentiable in ``weight`` and what the method learns."""
