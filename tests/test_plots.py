@@ -788,6 +788,11 @@ def test_labels_of_coinciding_points_do_not_overlap():
     assert not overlaps(figure, texts)
 
 
+def test_accuracy_names_its_data():
+    figure = plots.accuracy(trained().assign(dataset="cifar10-jpeg"), results.published_losses())
+    assert figure.axes[0].get_ylabel() == "test accuracy, CIFAR-10 (JPEG) (%)"
+
+
 def test_variants_are_in_order_of_what_they_lost_below_the_reference():
     table = compared().assign(lost=[5.0, 7.0, 6.0])
     labels = [label.get_text() for label in plots.variants(table.iloc[::-1]).axes[0].get_yticklabels()]

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from ..losses import TITLES
 from .rows import block_sizes, one_of, require
 from .style import (
     COLOURS,
@@ -42,7 +43,8 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
     reference_line(right, 0)
     for point in published_loss.itertuples():
         published_point(right, point.sparsity, point.lost, point.block_size)
-    left.set(xlabel="sparsity", ylabel="test accuracy (%)")
+    datasets = " and ".join(TITLES.get(name, name) for name in rows["dataset"].unique())
+    left.set(xlabel="sparsity", ylabel=f"test accuracy, {datasets} (%)")
     right.set(xlabel="sparsity", ylabel="points lost against dense")
     right.invert_yaxis()
     for axes in (left, right):
