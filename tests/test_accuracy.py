@@ -237,7 +237,7 @@ def test_lost_rows_come_back_from_the_checkpoint(trained, monkeypatch, tmp_path)
 def test_a_budget_is_kept_and_the_next_run_goes_on(monkeypatch, tmp_path):
     """Each epoch seems to last 100 s: of a budget of 250 s two fit, in which the first cell of two epochs is done."""
     monkeypatch.setattr(accuracy, "map_cells", in_this_process)
-    monkeypatch.setattr(accuracy, "_longest_epoch", {})
+    monkeypatch.setattr(accuracy, "_epoch_seconds", {})
     now, trained, fit = 0.0, [], accuracy.fit
     monkeypatch.setattr(accuracy, "time", SimpleNamespace(monotonic=lambda: now))
 

@@ -64,6 +64,8 @@ def test_variants_are_cells_of_their_own_against_the_reference_dense_model():
     lost = losses.points_lost(table(dense(90.0), masked(88.0), masked(89.0, **variant)))
     assert dict(zip(lost["variant"], lost["lost"], strict=True)) == {"": 2.0, "method=spartan": 1.0}
     assert losses.reference(lost)["lost"].tolist() == [2.0]
+    decayed = dense(95.0, recipe="cifar10 epochs=60 + weight_decay=0.05")
+    assert losses.points_lost(table(dense(90.0), decayed, masked(88.0)))["lost"].tolist() == [2.0]
 
 
 def test_the_newest_row_of_a_training_counts():

@@ -381,7 +381,7 @@ def test_every_public_figure_is_drawn_here():
         and not name.startswith("_")
         and getattr(function, "__annotations__", {}).get("return") == "Figure"
     }
-    assert public - {"save"} == {name for name in FIGURES if "gpu" not in name} | {"block_masks"}
+    assert public - {"save"} == {name.split(" of ")[0] for name in FIGURES if "gpu" not in name} | {"block_masks"}
     assert public <= set(plots.__all__), "drawn as plots.<name> by the notebooks"
 
 
@@ -790,6 +790,11 @@ def test_labels_of_coinciding_points_do_not_overlap():
     texts = figure.axes[0].texts
     assert sorted(t.get_text() for t in texts) == ["50%", "50%", "80%", "80%", "90%", "95%"]
     assert not overlaps(figure, texts)
+
+
+def test_accuracy_names_its_data():
+    figure = plots.accuracy(trained().assign(dataset="cifar10-jpeg"), results.published_losses())
+    assert figure.axes[0].get_ylabel() == "test accuracy, CIFAR-10 (JPEG) (%)"
 
 
 def test_variants_are_in_order_of_what_they_lost_below_the_reference():

@@ -230,8 +230,8 @@ def masks(
     return block_masks(cell.build()), block_masks(train_cell(cell, checkpoints=checkpoints, **arguments)[0])
 
 
-_longest_epoch: dict[str, float] = {}
-"""Seconds, by model, among what this process has trained: how long a first epoch may take."""
+_epoch_seconds: dict[str, float] = {}
+"""Of what this process has trained so far, by model: how long the first epoch of its next training may take."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,8 @@ class _Deadline:
     at: float
 
     def __call__(self, history: History) -> bool:
-        past = [epoch["seconds"] for epoch in history.epochs[-2:]] or [_longest_epoch.get(self.model, 0.0)]
-        _longest_epoch[self.model] = max(past)
+        past = [epoch["seconds"] for epoch in history.epochs[-2:]] or [_epoch_seconds.get(self.model, 0.0)]
+        _epoch_seconds[self.model] = max(past)
         return time.monotonic() + max(past) >= self.at
 
 
@@ -272,8 +272,9 @@ def run(
     """Train the cells of ``grid`` that this working copy has not trained yet; each one's rows are written as it ends.
 
     Cells start in the order given, in parallel processes, on a CPU of one thread each. A run that is killed loses at
-    most the current epoch of each cell in progress. The seconds that a training took are written only if nothing else
-    kept the machine busy when the run began.
+    most the current epoch of each cell in progress. The seconds that a training took are written only if it had its
+    core or GPU for itself: not if other processes kept the machine busy when the run began, nor if trainings share a
+    GPU.
 
     Args:
         grid: see ``cells``.
@@ -306,8 +307,12 @@ def run(
     if remeasure:
         for cell in pending:
             _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
-    if busy := bool(bench.busy_note()):
+    workers = workers or _workers(device, pending)
+    if bench.busy_note():
         report.notes.append("other processes kept the cores busy when the run began: its times are not written")
+    elif threads is None and workers > 1:
+        report.notes.append("trainings shared the GPU: their times are not written")
+    timed = not report.notes
     for dataset in {cell.dataset for cell in pending}:
         _load(dataset, data_root, Path(checkpoints))  # downloads or decodes once, not in every process at once
     work = partial(
@@ -318,11 +323,11 @@ def run(
         device=device,
         deadline=None if budget_s is None else start + budget_s,
     )
-    finished = map_cells(work, pending, workers or _workers(device, pending))
+    finished = map_cells(work, pending, workers)
     for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
         if not rows:
             continue  # the budget was spent
-        rows = [row for row in rows if not (busy and row["metric"] == "train_seconds")]
+        rows = [row for row in rows if timed or row["metric"] != "train_seconds"]
         group = results.new_group()
         store.append({**environment, "group": group, **row} for row in rows)
         report.measured += 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from ..losses import TITLES
 from .rows import block_sizes, one_of, require
 from .style import (
     COLOURS,
@@ -44,7 +43,8 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
     reference_line(right, 0)
     for point in published_loss.itertuples():
         published_point(right, point.sparsity, point.lost, point.block_size)
-    left.set(xlabel="sparsity", ylabel="test accuracy (%)")
+    datasets = " and ".join(TITLES.get(name, name) for name in rows["dataset"].unique())
+    left.set(xlabel="sparsity", ylabel=f"test accuracy, {datasets} (%)")
     right.set(xlabel="sparsity", ylabel="points lost against dense")
     right.invert_yaxis()
     for axes in (left, right):
@@ -86,10 +86,11 @@ def _variant_name(variant: str) -> str:
 
 
 def mask_changes(masks: pd.DataFrame) -> Figure:
-    """What training did to the masks of one block size and sparsity, layer by layer.
+    """What training did to the masks of one block size and sparsity.
 
-    Left, of the reference method, the share of its blocks that a row of blocks keeps: median, and 20% to 80% of the
-    rows. Right the share of the kept blocks that the untrained mask had dropped, a line a variant.
+    Left, by layer and of the reference method, the share of its blocks that a row of blocks keeps: median, and 20% to
+    80% of the rows. Right, by variant, the share of the kept blocks that the untrained mask had dropped: the mean of
+    the layers, and a tick a layer.
 
     Args:
         masks: rows of the table ``masks``, all of one block size and sparsity, with the column ``variant``.
@@ -97,23 +98,25 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     rows = require(masks, "masks")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
     layers = list(dict.fromkeys(rows["scope"]))
-    place = {layer: i for i, layer in enumerate(layers)}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.8))
+    variants = sorted(rows["variant"].unique())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.6, 1.9 + 0.22 * len(variants))))
     for metric, label, colour, shift in (("kept_before", "untrained", "0.6", -0.12), ("kept", "learnt", "C0", 0.12)):
         cell = _by_layer(rows[(rows["variant"] == "") & (rows["metric"] == metric)])
-        x = [place[layer] + shift for layer in cell.index]
+        x = [layers.index(layer) + shift for layer in cell.index]
         spread = [cell["value"] - cell["low"], cell["high"] - cell["value"]]
-        left.errorbar(x, cell["value"], spread, fmt="o", ms=4, color=colour, capsize=2, lw=1, label=label)
-    for (variant, cell), marker in zip(rows[rows["metric"] == "exchanged"].groupby("variant"), cycle("os^vDP*X")):
-        cell = _by_layer(cell)
-        right.plot([place[layer] for layer in cell.index], cell["value"], marker, ms=4, label=_variant_name(variant))
+        left.errorbar(x, cell["value"], spread, fmt="o", ms=3.5, color=colour, capsize=1.5, lw=1, label=label)
+    for i, variant in enumerate(variants):
+        exchanged = _by_layer(rows[(rows["variant"] == variant) & (rows["metric"] == "exchanged")])["value"]
+        right.plot(exchanged, [i] * len(exchanged), "|", color="0.5", ms=7, label=None if i else "a layer")
+        right.plot([exchanged.mean()], [i], "o", color="C0", ms=5, label=None if i else "mean of the layers")
     drawn_anew = 100 * rows["sparsity"].iloc[0]
-    right.axhline(drawn_anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
+    right.axvline(drawn_anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
+    left.set_xticks(range(len(layers)), [_layer_name(layer) for layer in layers], rotation=90, size=7)
     left.set(ylabel="kept of a row of blocks", ylim=(0, None))
-    right.set(ylabel="exchanged of the kept blocks", ylim=(-3, 103))
-    for axes in (left, right):
-        axes.set_xticks(range(len(layers)), [_layer_name(layer) for layer in layers], rotation=90, size=7)
-        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    left.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    right.set(yticks=range(len(variants)), yticklabels=[_variant_name(v) for v in variants], xlim=(-3, 103))
+    right.set(xlabel="exchanged of the kept blocks", ylim=(len(variants) - 0.4, -0.6))
+    right.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     legend(figure)
     return figure
 
