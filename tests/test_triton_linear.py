@@ -421,8 +421,9 @@ def hopper(monkeypatch):
 @plain
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_auto_takes_it_on_a_gpu(hopper, dtype, block_size):
-    assert resolve("auto", CUDA, dtype, block_size, 0.9).name == "triton"
+def test_runs_on_a_gpu_when_asked_for_and_auto_waits_until_one_has_run_it(hopper, dtype, block_size):
+    assert resolve("triton", CUDA, dtype, block_size, 0.9).name == "triton"
+    assert resolve("auto", CUDA, dtype, block_size, 0.9).name == "torch"
 
 
 @plain
