@@ -44,7 +44,8 @@ def make_study(root):
     (root / "notebooks" / "profiles").mkdir(parents=True)
     (root / "data" / "reference").mkdir(parents=True)
     (root / "dot.png").write_bytes(base64.b64decode(PNG))
-    (root / "README.md").write_text("# Study\n<!-- claims:begin -->\nold\n<!-- claims:end -->\nend\n")
+    sections = "<!-- claims:begin -->\nold\n<!-- claims:end -->\n<!-- scale:begin -->\n<!-- scale:end -->\n"
+    (root / "README.md").write_text(f"# Study\n{sections}end\n")
     write_notebook(
         root,
         "01_first",
@@ -471,8 +472,9 @@ def test_readme_is_refreshed_after_the_claims(study, monkeypatch):
     pipeline.reproduce(root=study, readme=False, output=io.StringIO())
     assert "old" in (study / "README.md").read_text()
     pipeline.reproduce(root=study, output=io.StringIO())
-    expected = "# Study\n<!-- claims:begin -->\n| from tables |\n<!-- claims:end -->\nend\n"
-    assert (study / "README.md").read_text() == expected
+    expected = "# Study\n<!-- claims:begin -->\n| from tables |\n<!-- claims:end -->\n"
+    expected += "<!-- scale:begin -->\nNo GPU has measured "
+    assert (study / "README.md").read_text().startswith(expected)
     pipeline.reproduce(root=study, parameters={"results_dir": "../others"}, output=io.StringIO())
     assert "| from others |" in (study / "README.md").read_text()
 

@@ -3,8 +3,8 @@ import math
 import pandas as pd
 import pytest
 
-from blockvit.results import IMAGES_PER_SECOND, STEP_SECONDS
-from blockvit.train import days_on_nodes, grid_cost
+from blockvit.results import IMAGES_PER_SECOND, STEP_SECONDS, Store
+from blockvit.train import cost, days_on_nodes, grid_cost
 
 SETUP = {"device": "a GPU", "model": "vit_b_16", "precision": "bf16", "batch_size": 256, "compile": "eager"}
 RATE = {**SETUP, "metric": IMAGES_PER_SECOND, "unit": "1/s"}
@@ -88,3 +88,26 @@ def test_trainings_are_dealt_out_to_nodes():
 def test_clusters_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         days_on_nodes(pd.DataFrame({"gpu_hours": [1.0]}), **{"nodes": 1} | changes)
+
+
+def test_the_readme_tells_the_fastest_whole_setup_of_each_gpu(tmp_path):
+    store = Store(tmp_path)
+    common = {"experiment": "training_step", "group": "g", "repeats": 3}
+    whole = [{"block_size": b, "sparsity": 0.9, "value": 1000.0} for b in (16, 32, 64)]
+    store.append({**RATE, "backend": "supermask", **common, **r} for r in whole)
+    store.append([{**RATE, "backend": "dense", "value": 1100.0, **common}])
+    slower = [{**r, "value": 500.0, "batch_size": 64} for r in whole]
+    store.append({**RATE, "backend": "supermask", **common, **r} for r in slower)
+    store.append([{**RATE, "backend": "dense", "value": 5000.0, "batch_size": 64, **common}])
+    store.append([{**RATE, "backend": "dense", "value": 9000.0, "batch_size": 512, **common}])  # no supermasks: no grid
+    (line,) = cost.readme(store).splitlines()
+    hours = 300 * 1_281_167 / 3600 * (21 / 1000 + 1 / 1100)
+    assert line.startswith("- a GPU, bf16, batches of 256, eager: 1,100 images/s dense, 1,000 with supermasks.")
+    assert f"costs {hours:,.0f} GPU-hours" in line
+
+
+def test_the_readme_does_not_extrapolate_from_a_cpu(tmp_path):
+    store = Store(tmp_path)
+    cells = [{"backend": "dense"}, *({"backend": "supermask", "block_size": b, "sparsity": 0.9} for b in (16, 32, 64))]
+    store.append({**RATE, "experiment": "training_step", "group": "g", "threads": 4, "value": 2.0, **c} for c in cells)
+    assert cost.readme(store).startswith("No GPU has measured")

@@ -38,6 +38,8 @@ from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed
 
 DEFAULT_PROFILE = "laptop"
 CLAIMS = "06_claims"
+README_SECTIONS = ("claims", "scale")
+"""Sections of the README that are generated when the claims are decided."""
 
 
 class UsageError(ValueError):
@@ -140,7 +142,8 @@ def reproduce(
     claims = readme and any(notebook.name == CLAIMS for notebook, _ in steps)
     if claims:
         # A missing marker is told now, not after the last notebook.
-        _section(root / "README.md", "claims", _text(root / "README.md"))
+        for name in README_SECTIONS:
+            _section(root / "README.md", name, _text(root / "README.md"))
     _check_requirements(chosen)
     markers = chosen.tests if tests else ()
     if markers:
@@ -159,7 +162,7 @@ def reproduce(
         if publish:
             _publish([notebook for notebook, _ in steps], build, root)
         if claims:
-            refresh_readme(root / "README.md", {"claims": _claims(root, steps)})
+            refresh_readme(root / "README.md", _readme_sections(root, steps))
     output.write(f"report: {report}\n")
     return report
 
@@ -451,16 +454,18 @@ def _publish(notebooks: Iterable[Notebook], build: Path, root: Path) -> None:
         files.write(path, text)
 
 
-def _claims(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, Any]]]) -> str:
-    """The claims as Markdown, from the tables that the claims' notebook read."""
+def _readme_sections(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, Any]]]) -> dict[str, str]:
+    """What the README tells of the tables, as Markdown, from those that the claims' notebook read."""
     from . import claims, results
+    from .train import cost
 
     given = next(values for notebook, values in steps if notebook.name == CLAIMS)
     if given.get("results_dir"):
         folder = root / "notebooks" / given["results_dir"]  # as the notebook, running there, resolves it
     else:
         folder = Path(os.environ.get("BLOCKVIT_RESULTS") or root / "data" / "results")
-    return claims.readme(results.Store(folder))
+    store = results.Store(folder)
+    return dict(zip(README_SECTIONS, (claims.readme(store), cost.readme(store)), strict=True))
 
 
 def refresh_readme(readme: Path, contents: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..results import IMAGES_PER_SECOND
+from ..results import IMAGES_PER_SECOND, Store
 
 IMAGENET_IMAGES = 1_281_167
 GRID_EPOCHS = 300
@@ -90,3 +90,41 @@ def days_on_nodes(costs: pd.DataFrame, nodes: int, gpus_per_node: int = 8, effic
     for hours in sorted(costs["gpu_hours"] / (gpus_per_node * efficiency), reverse=True):
         busy[busy.index(min(busy))] += hours
     return max(busy) / 24
+
+
+MODEL = "vit_b_16"
+
+
+def readme(store: Store) -> str:
+    """What the published grid costs on each GPU that has measured a training step of ViT-B/16, as Markdown.
+
+    Of a GPU's setups (precision, batch size, way to compile) that have all block sizes, the one that trains fastest.
+    """
+    rows = store.read("training_step")
+    rows = rows[(rows["model"] == MODEL) & (rows["metric"] == IMAGES_PER_SECOND) & rows["threads"].isna()]
+    lines = [line for device, mine in rows.groupby("device") if (line := _told(str(device), mine))]
+    return "\n".join(lines) or (
+        "No GPU has measured a training step of ViT-B/16 yet, so no cost is stated here. `PROFILE=imagenet` measures "
+        "it (notebook 1), and the pipeline then writes the GPU-hours into this place."
+    )
+
+
+def _told(device: str, rows: pd.DataFrame) -> str:
+    fastest = ""
+    best = 0.0
+    for (precision, batch_size, mode), setup in rows.groupby(["precision", "batch_size", "compile"]):
+        try:
+            costs = grid_cost(setup)
+        except ValueError:
+            continue  # not all block sizes: no grid
+        dense, sparse = costs["images_per_s"].iloc[0], costs["images_per_s"].iloc[1:].median()
+        if sparse <= best:
+            continue
+        best, hours = sparse, costs["gpu_hours"].sum()
+        fastest = (
+            f"- {device}, {precision}, batches of {batch_size:.0f}, {mode}: {dense:,.0f} images/s dense, {sparse:,.0f} "
+            f"with supermasks. The grid of {len(costs) - 1} trainings and the dense one costs {hours:,.0f} GPU-hours: "
+            f"{days_on_nodes(costs, 1):,.0f} days on one node of 8 GPUs, {days_on_nodes(costs, 4):,.0f} on four, if "
+            "the 8 GPUs of a node train 8 times as fast as one."
+        )
+    return fastest
