@@ -23,7 +23,8 @@ WIDEST_BYTES = 256
 """A group's outputs at most, times the bytes of one: as many as one program computes (``parameters.default``)."""
 
 MEMORY = 4
-"""A packed weight holds at most so many times the blocks of the weight, whatever a larger group would save."""
+"""A packed weight holds at most so many times the blocks of the weight, which the layer keeps beside it as its
+checkpoint; whatever a larger group would save. Without groups nothing is copied."""
 
 TILE_BYTES = 256
 """Tokens of a tile in the count below, times the bytes of a number: how often the weight is read again."""
