@@ -1,7 +1,8 @@
 """Training: the recipes of torchvision's reference (its names too), one loop, checkpoints that resume bit for bit.
 
     recipe.py     the recipes, as plain values
-    loop.py       fit and evaluate
+    loop.py       fit, and what a step does
+    evaluation.py loss and accuracy, every picture once
     batches.py    which pictures a step sees, and what chance does to them
     augment.py    augmentation of small pictures, in batches where they lie
     optimizer.py  parameter groups, moving average
@@ -19,8 +20,9 @@ after each epoch, needs no generator states.
 
 from .batches import epoch_order
 from .cost import days_on_nodes, grid_cost
+from .evaluation import evaluate
 from .launch import launch
-from .loop import History, NonFiniteLossError, evaluate, fit
+from .loop import History, NonFiniteLossError, fit
 from .optimizer import ema_decay, parameter_groups
 from .recipe import RECIPES, Recipe, recipe_for
 from .resume import CheckpointError

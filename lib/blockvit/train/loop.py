@@ -1,4 +1,4 @@
-"""The training loop, alone or together with other processes, and evaluation."""
+"""The training loop, alone or together with other processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data import (
-    DAMAGED,
-    DataSplits,
-    Images,
-    ImageTensors,
-    eval_transform,
-    normalize,
-    train_transform,
-    warn_of_damage,
-)
+from ..data import DataSplits, Images, ImageTensors, eval_transform, train_transform
 from ..files import save_atomically
-from ..sampling import eval_indices
 from . import resume as checkpoints
 from .batches import Batch, Chance, accumulation, batches, epoch_order, seed_of, steps_per_epoch
+from .evaluation import evaluate, placed, tell_damage
 from .optimizer import ema_decay, parameter_groups
 from .processes import Alone, join
 from .recipe import Recipe
@@ -148,7 +138,7 @@ def fit(
         if saved is not None:
             trainer.load_state_dict(saved["state"])
             history = History(saved["history"])
-    train, test = (_placed(split, processes.device) for split in _prepared(data, recipe))
+    train, test = (placed(split, processes.device) for split in _prepared(data, recipe))
     first, steps = len(history.epochs), trainer.steps
     bar = tqdm(
         total=recipe.epochs * steps,
@@ -166,7 +156,7 @@ def fit(
             torch.manual_seed(seed_of(Chance.MODEL, recipe.seed, epoch, processes.rank))  # dropout
             parts = batches(train, len(data.classes), recipe, epoch, processes, accumulate, num_workers)
             record = {"epoch": epoch + 1, **trainer.train_epoch(epoch, parts, bar)}
-            _tell_damage(train, processes)
+            tell_damage(train, processes)
             if (epoch + 1) % eval_every == 0 or epoch + 1 == recipe.epochs:
                 averaged = trainer.averaged(after=epoch + 1)
                 result = evaluate(averaged, test, num_workers=num_workers, processes=processes)
@@ -180,49 +170,6 @@ def fit(
                 on_epoch(history)
     trainer.hand_over(after=len(history.epochs))
     return history
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    images: Images,
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-    num_workers: int = 0,
-    processes: Alone | None = None,
-) -> dict[str, float]:
-    """Cross-entropy and accuracy of ``model`` on ``images``: ``{"loss": mean, "top1": fraction in [0, 1], ...}``.
-
-    The model is moved to ``device``, evaluated in eval mode, and put back into the mode that it was in. Several
-    ``processes`` evaluate a part each, on their own devices, and every picture counts once, also where their number
-    does not divide that of the pictures; without them this process evaluates all.
-
-    Loss and accuracy are of the pictures that can be decoded; ``damaged`` counts the others, and a warning tells which.
-
-    Raises:
-        ValueError: there is no picture, or none that can be decoded.
-    """
-    if len(images) == 0:
-        raise ValueError("there are no pictures to evaluate on; expected at least one")
-    processes = processes or Alone(device)
-    device = processes.device
-    was_training = model.training
-    model.to(device).eval()
-    sums = torch.zeros(3, device=device)  # of losses, of correct answers, of pictures
-    part = eval_indices(len(images), rank=processes.rank, world_size=processes.count)
-    for batch, labels in _in_order(_placed(images, device), part, batch_size, num_workers):
-        labels = labels.to(device, non_blocking=True)
-        logits = model(normalize(batch.to(device, non_blocking=True), images.mean, images.std)).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=DAMAGED)
-        sums[1] += (logits.argmax(1) == labels).sum()
-        sums[2] += (labels != DAMAGED).sum()
-    model.train(was_training)
-    _tell_damage(images, processes)
-    loss, correct, count = processes.sum(sums).tolist()
-    if count == 0:
-        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
-    return {"loss": loss / count, "top1": correct / count, "damaged": len(images) - int(count)}
 
 
 @dataclass
@@ -392,18 +339,6 @@ class _Timed(Iterator[Batch]):
             self.seconds += time.perf_counter() - started
 
 
-def _in_order(images: Images, indices: range, batch_size: int, num_workers: int) -> Iterable[Batch]:
-    """Batches of the pictures at ``indices``; uint8."""
-    if isinstance(images, ImageTensors):
-        starts = range(0, len(indices), batch_size)
-        return (images[part.start : part.stop : part.step] for part in (indices[i : i + batch_size] for i in starts))
-    return DataLoader(replace(images, substitute=False), batch_size, sampler=indices, num_workers=num_workers)
-
-
-def _placed(images: Images, device: torch.device) -> Images:
-    return images.to(device) if isinstance(images, ImageTensors) else images
-
-
 def _prepared(data: DataSplits, recipe: Recipe) -> tuple[Images, Images]:
     """Both splits, those from files with the recipe's transforms; those in memory are augmented in batches."""
     train, test = data.train, data.test
@@ -419,16 +354,6 @@ def _prepared(data: DataSplits, recipe: Recipe) -> tuple[Images, Images]:
         crop_size = recipe.val_crop_size or data.image_size
         test = replace(test, transform=eval_transform(crop_size, recipe.val_resize_size))
     return train, test
-
-
-def _tell_damage(images: Images, processes: Alone) -> None:
-    """Let the main process warn of the pictures that any process could not decode."""
-    if isinstance(images, ImageTensors):
-        return
-    anywhere = processes.sum(images.damaged.to(processes.device, torch.int32)) > 0
-    images.damaged.copy_(anywhere)
-    if processes.is_main:
-        warn_of_damage(images)
 
 
 def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: int) -> None:
