@@ -155,8 +155,8 @@ def test_both_layouts_of_cifar10_are_one_data_set(tmp_path, monkeypatch):
 @pytest.fixture
 def decodes(monkeypatch):
     calls = []
-    original = data._decode_all
-    monkeypatch.setattr(data, "_decode_all", lambda *args: calls.append(args) or original(*args))
+    original = data.sets._decode_all
+    monkeypatch.setattr(data.sets, "_decode_all", lambda *args: calls.append(args) or original(*args))
     return calls
 
 

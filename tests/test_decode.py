@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 
-from blockvit.decode import UndecodableError, decode
+from blockvit.data.decode import UndecodableError, decode
 
 COLOUR = (200, 30, 60)
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)

@@ -48,7 +48,7 @@ def test_zero_blocks_are_left_out_and_the_bias_is_shared():
         (nn.ConvTranspose2d(3, 8, 4, 4), False),
         (nn.Linear(3, 8), False),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_which_convolutions_are_patch_embeddings(module, is_one):
     assert is_patch_embedding(module) is is_one

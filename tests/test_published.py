@@ -16,7 +16,7 @@ from blockvit import published as command
 from blockvit.fold import to_block_sparse
 from blockvit.published import APPLIED, LEFT_OUT, RECIPE, PublishedCheckpoint, evaluate
 
-STATS = data.IMAGENET_MEAN, data.IMAGENET_STD
+STATS = data.sets.IMAGENET_MEAN, data.sets.IMAGENET_STD
 MODEL, CLASSES, BLOCK, SPARSITY = "vit_digits", ["cat", "dog", "eel"], 16, 0.8
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from blockvit import sampling
-from blockvit.sampling import DrawnPictures, OrderSampler, RepeatedAugSampler
+from blockvit.data import sampling
+from blockvit.data.sampling import DrawnPictures, OrderSampler, RepeatedAugSampler
 
 SAMPLERS = pytest.mark.parametrize("sampler", [OrderSampler, RepeatedAugSampler])
 WORLD_SIZES = pytest.mark.parametrize("world_size", [1, 2, 3, 8])

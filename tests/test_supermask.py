@@ -709,7 +709,7 @@ QKV = ["layers.0.attention.qkv", "layers.1.attention.qkv"]
         ("mlp", lambda name, module: name.startswith("layers.0"), {MLPS[2], MLPS[3]}),
         ((name for name in ["mlp", "head"]), (), {*MLPS, "head"}),
     ],
-    ids=str,
+    ids=itertools.count(),  # as text, sets and functions are called otherwise in every process
 )
 def test_targets_and_skip(targets, skip, expected):
     model = small_transformer()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..data import ImageFiles, Images, ImageTensors, normalize
-from ..sampling import Draw, DrawnPictures, OrderSampler, RepeatedAugSampler
+from ..data.sampling import Draw, DrawnPictures, OrderSampler, RepeatedAugSampler
 from .augment import Draws, augment
 from .processes import Alone
 from .recipe import Recipe

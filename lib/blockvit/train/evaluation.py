@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import DAMAGED, Images, ImageTensors, normalize, warn_of_damage
-from ..sampling import eval_indices
+from ..data.sampling import eval_indices
 from .batches import Batch
 from .processes import Alone
 

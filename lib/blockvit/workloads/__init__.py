@@ -1,4 +1,4 @@
-"""What the study times: single linear layers, whole Vision Transformers, conversion, and the device's ceilings.
+"""What the study times: single layers, whole Vision Transformers, conversion, training steps, the device's ceilings.
 
 Each case builds a group of variants of one computation: dense PyTorch as it comes, dense PyTorch compiled, and the
 same weights block-sparse through each backend. Every sparse variant's output is checked against the dense one before
@@ -10,6 +10,7 @@ from .device import CeilingCase, TuningCase, tuning_cases
 from .layers import VIT_B_16_SHAPES, VIT_B_16_TOKENS, LinearCase, linear_cases
 from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
+from .training import TrainingStepCase, step_cases
 from .variants import DENSE_TOO, FUSED_MLP, TAILS, Variant, measure_group, refusals, runnable, tail_metric
 from .vit import SCOPES, ModelCase, sparse_share
 
@@ -26,6 +27,7 @@ __all__ = [
     "LinearCase",
     "MLPCase",
     "ModelCase",
+    "TrainingStepCase",
     "TuningCase",
     "Variant",
     "linear_cases",
@@ -37,6 +39,7 @@ __all__ = [
     "runnable",
     "runnable_modes",
     "sparse_share",
+    "step_cases",
     "tail_metric",
     "tuning_cases",
 ]

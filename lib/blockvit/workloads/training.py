@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models
-from .attention import expose_projections
-from .bench import Effort, precision_class
-from .clocks import clock_for
-from .results import IMAGES_PER_SECOND, STEP_SECONDS
-from .sparse_training import train_sparse
-from .supermask import METHODS, WITH_SCORES, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
-from .workloads import SCOPES, Variant, measure_group
+from .. import models
+from ..attention import expose_projections
+from ..bench import Effort, precision_class
+from ..clocks import clock_for
+from ..results import IMAGES_PER_SECOND, STEP_SECONDS
+from ..sparse_training import train_sparse
+from ..supermask import METHODS, WITH_SCORES, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
+from .variants import Variant, measure_group
+from .vit import SCOPES
 
 NAIVE = "naive"
 """The backend whose mask is expanded to the weight's shape and multiplied by it, its gradients left to autograd."""

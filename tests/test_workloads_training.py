@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from blockvit import training_workloads
 from blockvit.bench import Effort, sweep
 from blockvit.results import COLUMNS, IMAGES_PER_SECOND, KEYS, STEP_SECONDS, Store
 from blockvit.supermask import METHODS, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
-from blockvit.training_workloads import (
+from blockvit.workloads import training
+from blockvit.workloads.training import (
     NAIVE,
     SPARSE,
     TrainingStepCase,
@@ -66,7 +66,7 @@ def test_rows_of_a_layer_under_autocast_by_every_method():
 
 @pytest.mark.parametrize("case", [MODEL, LAYER], ids=["model", "layer"])
 def test_a_step_computes_every_gradient_and_the_variants_share_their_weights(case):
-    steps = training_workloads._Steps(case, CPU, torch.float32)
+    steps = training._Steps(case, CPU, torch.float32)
     weights = {id(p) for p in steps.dense.parameters()}
     for backend in ("dense", *case.backends):
         steps.call(backend, "eager")()
@@ -79,7 +79,7 @@ def test_a_step_computes_every_gradient_and_the_variants_share_their_weights(cas
 
 
 def test_variants_compute_the_same_from_the_same_weights_whoever_came_before():
-    steps = training_workloads._Steps(MODEL, CPU, torch.float32)
+    steps = training._Steps(MODEL, CPU, torch.float32)
     before = [p.detach().clone() for p in steps.dense.parameters()]
     outputs = [steps.call(backend, "eager")() for backend in ("supermask", "dense", NAIVE, "supermask")]
     torch.testing.assert_close(outputs[0], outputs[2])
@@ -145,13 +145,13 @@ def test_unknown_backend():
 def test_naive_masks_are_those_of_the_layer_it_belongs_to():
     model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), 0.75, 4, targets="*")
     expected = [layer.effective_weight().detach() for layer in supermask_layers(model).values()]
-    training_workloads._made_naive(model)
+    training._made_naive(model)
     for layer, weight in zip(supermask_layers(model).values(), expected, strict=True):
         assert torch.equal(layer.effective_weight(), weight)
 
 
 def test_sparse_training_computes_what_the_supermask_does_and_counts_its_own_steps_only():
-    steps = training_workloads._Steps(LAYER, CPU, torch.float32)
+    steps = training._Steps(LAYER, CPU, torch.float32)
     calls = {backend: steps.call(backend, "eager") for backend in ("supermask", *SPARSE)}
     gradients = {}
     for backend, call in calls.items():

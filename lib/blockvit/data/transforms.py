@@ -9,7 +9,7 @@ from typing import Any
 
 from torchvision.transforms import InterpolationMode, v2
 
-from .models import unknown_name
+from ..models import unknown_name
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")  # those that a tensor can be resized with
 
