@@ -396,15 +396,17 @@ def min_tokens(device: torch.device, sizes: tuple[int, int], block_size: int, dt
     """From how many tokens on one kernel is worth it, for layers with these ``sizes``: see ``key``.
 
     The smallest number that tuning found it faster for than the layers one by one; more than there can be, if it never
-    was. Where nothing was tuned, a tile for every multiprocessor: with fewer some have nothing to do, while the layers
-    one by one would share a tile's block rows out among them.
+    was. Where nothing was tuned, only where the count above promises a gain, in half precision with blocks of 64 or
+    more, and from a tile for every multiprocessor on: with fewer some have nothing to do, while the layers one by one
+    would share a tile's block rows out among them.
     """
     wanted = key(sizes, 1, block_size, dtype, nnz, tuned.precision(dtype))
     alike = ("block_size", "dtype", "in_features", "out_features")
     entries = tuning.load(tuning.device_name(device)).get(tuned.MLP, [])
     entries = [e for e in entries if all(e["key"][name] == wanted[name] for name in alike)]
     if not entries:
-        return 64 * (1 if INTERPRETED else tuned.resources(device)["multiprocessors"])
+        promising = dtype.itemsize == 2 and block_size >= 64
+        return 128 * tuned.resources(device)["multiprocessors"] if promising else sys.maxsize
     faster = [e["key"]["tokens"] for e in entries if e["default_ms"] is None or e["ms"] < e["default_ms"]]
     return min(faster, default=sys.maxsize)
 
