@@ -16,6 +16,7 @@ from torch import nn
 
 from blockvit import data, models, sparsify, train
 from blockvit.data import DataSplits, ImageTensors
+from blockvit.sparse_training import SparseSupermaskLinear
 from blockvit.train import loop, processes
 
 STATS = ((0.5,) * 3, (0.25,) * 3)
@@ -274,6 +275,28 @@ def test_masks_follow_the_schedule_in_training_and_are_evaluated_as_they_are(ema
     assert seen["eval"] == pytest.approx([0.75 * (1 - 0.5**3), 0.75])
     assert layer.sparsity_in_force == 0.75
     assert layer.block_mask().float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def masked_model(**kwargs):
+    return sparsify(tiny_model(**kwargs), 0.5, 8, targets="mlp")
+
+
+def test_training_through_sparse_products_is_the_masked_one():
+    plain, sparse = run(model=masked_model())[0], run(replace(TINY, sparse_steps=1), masked_model())[0]
+    assert any(isinstance(m, SparseSupermaskLinear) for m in sparse.modules())
+    for one, other in zip(plain.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert same_weights(run(replace(TINY, sparse_steps=1))[0], run()[0]), "a dense model has no sparse products"
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_masks_that_last_resume_to_the_same_bits(tmp_path, ema):
+    recipe = replace(TINY, sparse_steps=3, sparse_weight_grad="kept", model_ema=ema, model_ema_steps=1)
+    whole = run(recipe, masked_model())[0]
+    path = tmp_path / "checkpoint.pt"
+    run(recipe, masked_model(), checkpoint=path, stop=lambda history: len(history.epochs) == 2)
+    assert same_weights(run(recipe, masked_model(), checkpoint=path)[0], whole)
+    assert not same_weights(run(replace(recipe, sparse_weight_grad="dense"), masked_model())[0], whole)
 
 
 def test_resumed_ramp_goes_on_where_it_was(tmp_path):
@@ -613,6 +636,8 @@ def test_full_disk_leaves_the_old_checkpoint(finished):
             {"val_crop_size": 64, "val_resize_size": 32},
             r"val_resize_size is 32; expected at least val_crop_size \(64\)",
         ),
+        ({"sparse_steps": 0}, "sparse_steps is 0; expected at least 1"),
+        ({"sparse_weight_grad": "none"}, "sparse_weight_grad is 'none'; expected 'dense' or 'kept'"),
         ({"sparsity_schedule": "linear"}, "sparsity_schedule is 'linear'; expected 'constant' or 'cubic'"),
         ({"sparsity_start": 1.0}, r"sparsity_start is 1.0; expected a fraction of the epochs in \[0, 1\)"),
         ({"sparsity_start": 0.6}, r"sparsity_end is 0.5; .* in \(sparsity_start, 1\], that is \(0.6, 1\]"),

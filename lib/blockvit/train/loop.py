@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from ..data import DataSplits, Images, ImageTensors, eval_transform, train_transform
 from ..files import save_atomically
+from ..sparse_training import train_sparse
+from ..supermask import supermask_layers
 from . import resume as checkpoints
 from .batches import Batch, Chance, accumulation, batches, epoch_order, seed_of, steps_per_epoch
 from .evaluation import evaluate, placed, tell_damage
@@ -205,6 +207,9 @@ class _Trainer:
         compiled = torch.compile(model, mode=compile if isinstance(compile, str) else None) if compile else model
         forward = processes.parallel(compiled)  # before the copy below: now all have the main process's weights
         optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, fused=True)
+        if recipe.sparse_steps is not None and supermask_layers(model):
+            grad = recipe.sparse_weight_grad
+            train_sparse(model, optimizer, refresh_every=recipe.sparse_steps, weight_grad=grad)
         scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.amp and recipe.amp_dtype == "fp16")
         average = get_ema_multi_avg_fn(ema_decay(recipe))
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.model_ema else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models import unknown_name
+from ..sparse_training import WEIGHT_GRADS
 
 AMP_DTYPES = ("bf16", "fp16")
 SPARSITY_SCHEDULES = ("constant", "cubic")
@@ -64,6 +65,10 @@ class Recipe:
             ``"cubic"``: it grows from 0 by the cubic ramp of Zhu and Gupta (arXiv:1710.01878).
         sparsity_start: fraction of the epochs until which the ramp stays at 0.
         sparsity_end: fraction of the epochs from which on the sparsity is whole.
+        sparse_steps: train supermasks through block-sparse products, with masks that last for so many steps (see
+            ``sparse_training.train_sparse``); ``None``: through masked dense weights.
+        sparse_weight_grad: while a mask lasts, ``"dense"``: scores and weights learn as if all blocks were there;
+            ``"kept"``: those of kept blocks alone.
         seed: of all randomness in training; the initial weights are the caller's.
 
     Raises:
@@ -103,10 +108,12 @@ class Recipe:
     sparsity_schedule: str = "constant"
     sparsity_start: float = 0.0
     sparsity_end: float = 0.5
+    sparse_steps: int | None = None
+    sparse_weight_grad: str = "dense"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "ra_reps", "model_ema_steps", *_SIZES):
+        for name in ("epochs", "batch_size", "ra_reps", "model_ema_steps", "sparse_steps", *_SIZES):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
         for name in ("lr", "scores_lr", "clip_grad_norm"):
@@ -124,7 +131,12 @@ class Recipe:
         self._require("lr_min", self.lr_min <= self.lr, f"at most lr ({self.lr})")
         self._require("auto_augment", self.auto_augment in ("ra", None), "'ra' or None")
         self._require("ra_magnitude", 0 <= self.ra_magnitude <= 30, "0 to 30")
-        for name, known in (("amp_dtype", AMP_DTYPES), ("sparsity_schedule", SPARSITY_SCHEDULES)):
+        choices = {
+            "amp_dtype": AMP_DTYPES,
+            "sparsity_schedule": SPARSITY_SCHEDULES,
+            "sparse_weight_grad": WEIGHT_GRADS,
+        }
+        for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(map(repr, known)))
         self._require("sparsity_start", 0 <= self.sparsity_start < 1, "a fraction of the epochs in [0, 1)")
         self._require(
