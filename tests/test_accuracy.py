@@ -131,6 +131,18 @@ def test_run_writes_accuracies_and_curves(trained):
     assert rows.groupby("backend")["group"].nunique().eq(1).all()
 
 
+@pytest.mark.slow
+def test_two_processes_train_each_model_together(trained, tmp_path):
+    """The same global batches: the same model as from one process, but for what rounding does to a digit or two."""
+    store = Store(tmp_path / "results")
+    how = {"checkpoints": tmp_path / "checkpoints", "recipe": RECIPE, "num_processes": 2}
+    assert accuracy.run(GRID[1:], store, **how).measured == 1
+    (together,) = store.read("accuracy").query("metric == 'top1'")["value"]
+    alone = trained.store.read("accuracy").query("metric == 'top1' and backend == 'supermask'")["value"].iloc[0]
+    assert together == pytest.approx(alone, abs=1.0)
+    assert accuracy.run(GRID[1:], store, **how).kept == 1
+
+
 def test_run_writes_what_became_of_the_masks(trained):
     rows = trained.store.read("masks")
     _, cell = GRID

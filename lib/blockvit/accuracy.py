@@ -20,7 +20,7 @@ from . import bench, data, models, results
 from .losses import HEADLINE, described
 from .parallel import map_cells
 from .supermask import BLOG_TARGETS, sparsify, supermask_layers
-from .train import History, Recipe, fit, recipe_for
+from .train import History, Recipe, fit, launch, recipe_for
 
 AT_ONCE_ON_GPU = 4
 """Small models that are trained at once on a GPU: one alone leaves it idle between its kernels. Not measured yet."""
@@ -257,6 +257,20 @@ def _train_and_report(
     return train_cell(cell, stop=stop, **arguments)[1], bench.environment(arguments["device"])
 
 
+def _train_only(cell: AccuracyCell, arguments: dict[str, Any]) -> None:
+    train_cell(cell, **arguments)
+
+
+def _train_together(
+    cell: AccuracyCell, *, num_processes: int, deadline: float | None, **arguments: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """As ``_train_and_report``, which here only finds the checkpoint of what the processes have trained."""
+    if deadline is None or time.monotonic() < deadline:
+        stop = None if deadline is None else _Deadline(cell.model, deadline)
+        launch(_train_only, cell, {**arguments, "stop": stop}, num_processes=num_processes)
+    return _train_and_report(cell, deadline=deadline, **arguments)
+
+
 def run(
     grid: Sequence[AccuracyCell],
     store: results.Store,
@@ -266,6 +280,7 @@ def run(
     recipe: Mapping[str, Any] | None = None,
     device: str = "cpu",
     workers: int | None = None,
+    num_processes: int = 1,
     remeasure: bool = False,
     budget_s: float | None = None,
 ) -> bench.SweepReport:
@@ -284,6 +299,7 @@ def run(
         recipe: changes to the data set's recipe.
         device: where to train.
         workers: processes; None: one a core on a CPU, on a GPU ``AT_ONCE_ON_GPU`` for small models and one for others.
+        num_processes: processes that train each model together, one a GPU; more than one train one model at a time.
         remeasure: train again from the start.
         budget_s: seconds to end within: an epoch that would last longer, judged by those before it, is not begun.
             What is unfinished goes on from its last epoch in the next run.
@@ -292,7 +308,8 @@ def run(
     if not grid:
         return bench.SweepReport(what="trainings")
     where = bench.environment(device)
-    threads = 1 if torch.device(device).type == "cpu" else None
+    alone = 1 if num_processes == 1 else where["threads"]  # a worker's threads, or this process's
+    threads = alone if torch.device(device).type == "cpu" else None
     done = results.Measured.none() if remeasure else store.measured("accuracy", where["device"])
 
     def is_done(cell: AccuracyCell) -> bool:
@@ -307,7 +324,7 @@ def run(
     if remeasure:
         for cell in pending:
             _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
-    workers = workers or _workers(device, pending)
+    workers = 1 if num_processes > 1 else workers or _workers(device, pending)
     if bench.busy_note():
         report.notes.append("other processes kept the cores busy when the run began: its times are not written")
     elif threads is None and workers > 1:
@@ -323,7 +340,11 @@ def run(
         device=device,
         deadline=None if budget_s is None else start + budget_s,
     )
-    finished = map_cells(work, pending, workers)
+    if num_processes > 1:
+        together = partial(_train_together, num_processes=num_processes, **work.keywords)
+        finished = ((cell, together(cell)) for cell in pending)
+    else:
+        finished = map_cells(work, pending, workers)
     for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
         if not rows:
             continue  # the budget was spent
