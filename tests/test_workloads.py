@@ -20,8 +20,10 @@ from blockvit.workloads import (
     CeilingCase,
     ConversionCase,
     LinearCase,
+    MLPCase,
     ModelCase,
     linear_cases,
+    mlp_cases,
     mode_refusals,
     refusals,
     runnable,
@@ -33,6 +35,7 @@ from blockvit.workloads import (
 )
 from blockvit.workloads import device as device_cases
 from blockvit.workloads import layers as layer_cases
+from blockvit.workloads import mlp as mlp_case
 
 CPU = torch.device("cpu")
 SHORT = Effort(min_repeats=2, max_repeats=2, seconds=0, min_sample=0)
@@ -431,6 +434,50 @@ def test_cases_share_a_dense_model_without_harm():
 def test_keys_are_key_columns(case):
     for key in case.keys(CPU):
         assert set(key) <= set(KEYS)
+
+
+# --- the MLP on its own ----------------------------------------------------------------------------------------------
+
+
+def test_mlp_case_measures_dense_and_sparse_in_one_group(monkeypatch):
+    seen = {}
+
+    def spy(calls, *, clock, effort):
+        seen.update({name: call() for name, call in calls.items()})
+        return {name: Timing((1.0,)) for name in calls}
+
+    monkeypatch.setattr(variants, "interleave", spy)
+    monkeypatch.setattr(mlp_case, "compiled", lambda model, device, mode: model)
+    case = MLPCase(7, 16, 0.75, backends=("gather", "torch"), dense_modes=("compile",), width=32, hidden=64, seed=2)
+    rows = case.measure(CPU, SHORT)
+    assert set(by_backend(rows)) == {("dense", "eager"), ("dense", "compile"), ("gather", "eager"), ("torch", "eager")}
+    assert {(row["model"], row["scope"], row["tokens"], row["seed"]) for row in rows} == {("32x64x32", "mlp", 7, 2)}
+    measured = {(key["backend"], key["compile"], key.get("sparsity")) for key in case.keys(CPU)}
+    assert measured == {("gather", "eager", 0.75), ("torch", "eager", 0.75), ("dense", "compile", None)}
+    dense, compiled, *ours = seen.values()
+    assert torch.equal(dense, compiled) and dense.shape == (7, 32)
+    assert len(ours) == 2 and not torch.allclose(ours[0], dense), "the sparse ones have their blocks dropped"
+    torch.testing.assert_close(*ours)
+
+
+def test_mlp_cases_are_the_full_grid():
+    cases = mlp_cases([5, 7], [16, 32], [0.9, 0.5], ["fp32"], ["gather"])
+    assert [(case.tokens, case.sparsity, case.block_size) for case in cases] == [
+        (t, s, b) for t in (5, 7) for s in (0.9, 0.5) for b in (16, 32)
+    ]
+
+
+def test_one_kernel_is_only_where_there_is_such_a_kernel():
+    assert runnable(["gather", "gather+mlp"], CPU, "fp32", 16) == ["gather"]
+    (line,) = refusals(["gather+mlp"], "cpu", ["fp32"], [16])
+    assert line.endswith("only the backend 'triton' runs an MLP as one kernel")
+    with pytest.raises(ValueError, match=r"'gather\+mpl' ends in '\+mpl'; expected '\+dense', '\+mlp'"):
+        runnable(["gather+mpl"], CPU, "fp32", 16)
+    mlp = nn.Sequential(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)))
+    for layer in (mlp[0][0], mlp[0][2]):
+        layer.weight.data[:16] = 0
+    with pytest.raises(RuntimeError, match="not every MLP runs as one kernel"):
+        variants.convert(mlp, "gather+mlp", 16)
 
 
 # --- tuning ----------------------------------------------------------------------------------------------------------

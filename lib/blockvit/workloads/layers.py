@@ -18,7 +18,7 @@ from ..clocks import clock_for, cuda_graph
 from ..fold import random_block_mask_
 from ..linear import BlockSparseLinear
 from .modes import CUDA_GRAPH, compiled, runnable_modes
-from .variants import Variant, measure_group, runnable
+from .variants import Variant, latency_key, measure_group, runnable
 
 VIT_B_16_TOKENS = 197
 """Tokens of one 224x224 image in ViT-B/16: 196 patches and the class token."""
@@ -49,17 +49,8 @@ class LinearCase:
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
-        return {
-            "model": f"{self.shape[0]}x{self.shape[1]}",
-            "scope": "linear",
-            "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
-            "precision": self.precision,
-            "tokens": self.tokens,
-            "compile": "eager",
-            "seed": self.seed,
-            "metric": "latency",
-            **variant,
-        }
+        case = {"model": f"{self.shape[0]}x{self.shape[1]}", "scope": "linear", "tokens": self.tokens}
+        return latency_key(self.precision, self.seed, **case | variant)
 
     def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
         modes = runnable_modes(self.dense_modes, device, self.precision)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench import DTYPES, Effort, precision_class
+from ..bench import Effort, precision_class
 from ..clocks import clock_for, cuda_graph
 from ..fold import random_block_mask_
 from .modes import CUDA_GRAPH, compiled, runnable_modes
-from .variants import Variant, convert, measure_group, runnable
+from .variants import Variant, convert, latency_key, measure_group, runnable
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,8 @@ class MLPCase:
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
-        return {
-            "model": f"{self.width}x{self.hidden}x{self.width}",
-            "scope": "mlp",
-            "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
-            "precision": self.precision,
-            "tokens": self.tokens,
-            "compile": "eager",
-            "seed": self.seed,
-            "metric": "latency",
-            **variant,
-        }
+        case = {"model": f"{self.width}x{self.hidden}x{self.width}", "scope": "mlp", "tokens": self.tokens}
+        return latency_key(self.precision, self.seed, **case | variant)
 
     def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
         return [

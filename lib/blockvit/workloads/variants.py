@@ -91,6 +91,13 @@ def refusals(
     ]
 
 
+def latency_key(precision: str, seed: int, **columns: Any) -> dict[str, Any]:
+    """The key columns of an eager variant's latency; ``columns`` add to them or say otherwise."""
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    common = {"dtype": dtype, "precision": precision, "compile": "eager", "seed": seed, "metric": "latency"}
+    return common | columns
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute a case's result.

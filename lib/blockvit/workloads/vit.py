@@ -20,7 +20,7 @@ from ..fold import model_bytes, random_block_mask_
 from ..supermask import BLOG_TARGETS
 from ..targets import matching
 from .modes import CUDA_GRAPH, compiled, runnable_modes
-from .variants import TAILS, Variant, convert, measure_group, runnable, tail_metric
+from .variants import TAILS, Variant, convert, latency_key, measure_group, runnable, tail_metric
 
 SCOPES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
@@ -80,17 +80,8 @@ class ModelCase:
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "scope": "dense",
-            "dtype": str(DTYPES[self.precision]).removeprefix("torch."),
-            "precision": self.precision,
-            "batch_size": self.batch_size,
-            "compile": "eager",
-            "seed": self.seed,
-            "metric": "latency",
-            **variant,
-        }
+        case = {"model": self.model, "scope": "dense", "batch_size": self.batch_size}
+        return latency_key(self.precision, self.seed, **case | variant)
 
     def _dense_keys(self, device: torch.device) -> list[dict[str, Any]]:
         modes = runnable_modes(self.dense_modes, device, self.precision)
