@@ -102,7 +102,7 @@ def alive(pid):
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):  # a new process imports torch first, which takes long on a busy machine
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"

@@ -64,12 +64,12 @@ def test_only_what_fits_is_compiled(changes, block_size, itemsize, precision, sh
 
 def test_what_is_compiled_as_fitting_spills_nothing_on_hopper():
     pytest.importorskip("triton")
-    from test_triton_offline import compiled
+    from blockvit.kernels.triton import survey
 
     widest = {**START, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "GROUP": 2}
     assert tune.fits(widest, 64, 2, "ieee", SHARED)
     sizes = {name: value for name, value in widest.items() if name != "GROUP"}
-    report, _ = compiled(90, "bf16", 64, 2, "ieee", **sizes)
+    report, _ = survey.linear(90, "bf16", 64, 2, "ieee", **sizes)
     assert report.spills == 0
 
 

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
+from .kernels.registry import constant_in_graphs
 from .masks import block_dots, num_kept, scale_blocks
 from .supermask import SupermaskLinear, supermask_layers
 
@@ -198,7 +199,7 @@ class SparseSupermaskLinear(SupermaskLinear):
         return f"{super().extra_repr()}, refresh_every={self.refresh_every}, weight_grad={self.weight_grad!r}"
 
 
-@torch.compiler.assume_constant_result  # to find out what can run here is not for a traced graph
+@constant_in_graphs  # to find out what can run here is not for a traced graph
 def _resolve(name: str, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float) -> str:
     return _resolve_once(name, device, dtype, block_size, sparsity)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..bsr import BSRMatrix, dense_from_bsr
 from . import build
-from .registry import Backend, register
+from .registry import Backend, constant_in_graphs, register
 
 _CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -87,7 +87,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None
 
 
-@torch.compiler.assume_constant_result  # an operator that returns a number cannot be traced
+@constant_in_graphs  # an operator that returns a number cannot be traced
 def _panel_width(block_size: int) -> int:
     return torch.ops.blockvit.cpu_panel_width(block_size)
 

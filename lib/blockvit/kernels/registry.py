@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,16 @@ class Baseline(Backend):
     def preference(cls, device: torch.device, dtype: torch.dtype, block_size: int, sparsity: float = 1.0) -> float:
         """Behind every other."""
         return float("-inf")
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Class the result of ``function`` as a constant of every traced graph; a decorator.
+
+    What ``torch.compiler.assume_constant_result`` does, but without importing the compiler for it, which would make
+    ``import blockvit`` a second or two longer for everyone.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 _BACKENDS: dict[str, type[Backend]] = {}
