@@ -60,7 +60,8 @@ reproduce: $(STAMP) $(if $(filter gpu,$(PROFILE)),$(BASELINES)) $(if $(filter la
 	@$(BIN)/python -m blockvit.pipeline --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 # Every step runs, whatever failed before it. The notebooks start from empty folders, so that they measure, but less than
-# `make reproduce` does: each sweep ends with the group that is on after $(TEST_BUDGET_S) seconds.
+# `make reproduce` does: each sweep ends with the group that is on after $(TEST_BUDGET_S) seconds. Files of tests run side by
+# side, one a core and with one thread each: more would wait for each other.
 test: $(STAMP) $(if $(filter laptop,$(PROFILE)),$(ENGINES))  ## lint, run the tests, and run the notebooks from nothing
 	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && mkdir "$$work"/{logs,results,figures} || exit 1; \
 	failed=; \
@@ -71,7 +72,7 @@ test: $(STAMP) $(if $(filter laptop,$(PROFILE)),$(ENGINES))  ## lint, run the te
 	}; \
 	step lint $(BIN)/ruff check .; \
 	step format $(BIN)/ruff format --check .; \
-	step tests $(BIN)/python -m pytest tests; \
+	step tests env OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile; \
 	step notebooks env BLOCKVIT_RESULTS="$$work/results" BLOCKVIT_FIGURES="$$work/figures" \
 	  BLOCKVIT_BUDGET_S=$(TEST_BUDGET_S) \
 	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1200; \
