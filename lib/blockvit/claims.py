@@ -419,9 +419,8 @@ def c9(e: Evidence) -> Verdict:
     if best.empty:
         return NOT_MEASURED
     if set(best["dataset"]) <= set(TOO_EASY):
-        return Verdict(
-            OPEN, f"only {', '.join(TOO_EASY)} has accuracy and speed here, which neither confirms nor refutes it"
-        )
+        easy = ", ".join(TOO_EASY)
+        return Verdict(OPEN, f"only {easy} has accuracy and speed here, which neither confirms nor refutes it")
     like, best = (points[~points["dataset"].isin(TOO_EASY)] for points in (like, best))
     if fastest(best) is None:
         return Verdict(FAILS, f"no model lost less than 2 points; the fewest lost are {best['lost'].min():.1f}")
