@@ -63,5 +63,5 @@ def test_the_table_tells_what_a_conversion_would_run():
     report, sizes = survey.linear(90, "bf16", 16, row["rows"])
     assert row["rows"] == survey.packed("bf16", 16, sparsity=0.9).values.shape[1] // 16 > 1
     assert 1 < row["packed"] <= packing.MEMORY
-    assert (row["spilled bytes"], row["tensor cores"]) == (0, "wgmma")
+    assert (row["spills"], row["cores"]) == (0, "wgmma")
     assert row["tile"].startswith(f"{sizes['BLOCK_M']}×{sizes['BLOCK_N']}×") and row["registers"] == report.registers

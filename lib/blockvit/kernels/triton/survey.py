@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MULTIPROCESSORS = {80: 108, 90: 132}
 """Of an A100 and an H100, by compute capability."""
 
-GPUS = {80: "A100 (sm_80)", 90: "H100 (sm_90)"}
+GPUS = {80: "A100", 90: "H100"}
 
 
 def linear(
@@ -84,8 +84,9 @@ def table(
 ) -> pd.DataFrame:
     """A row a case of ViT-B/16's first MLP layer: block rows a program, its tile, and what it needs of the GPU.
 
-    ``programs`` is how many one multiprocessor holds at once; ``packed`` how many times the blocks of the weight its
-    packed form holds. Takes a second or two a row.
+    ``rows`` are the block rows a program computes, ``packed`` is how many times the blocks of the weight its packed form
+    holds, ``spills`` are bytes a thread, ``KiB`` is shared memory, ``programs`` is how many one multiprocessor holds at
+    once, and ``cores`` the tensor cores' instruction. float32 is ``tf32x3``. Takes a second or two a row.
     """
     rows: list[dict[str, Any]] = []
     for arch, dtype, block_size in itertools.product(archs, dtypes, block_sizes):
@@ -96,7 +97,7 @@ def table(
         rows.append(
             {
                 "GPU": GPUS[arch],
-                "dtype": dtype if dtype != "fp32" else "fp32 (tf32x3)",
+                "dtype": dtype if dtype != "fp32" else "tf32x3",
                 "block": block_size,
                 "rows": height // block_size,
                 "packed": round(weight.values.numel() / max(1, int((weight.values != 0).sum())), 1),
@@ -104,10 +105,10 @@ def table(
                 "warps": sizes["num_warps"],
                 "stages": sizes["num_stages"],
                 "registers": report.registers,
-                "spilled bytes": report.spills,
-                "shared KiB": round(report.shared / 1024, 1),
+                "spills": report.spills,
+                "KiB": round(report.shared / 1024, 1),
                 "programs": report.programs_at_once(arch),
-                "tensor cores": "wgmma" if report.wgmma else "mma" if report.tensor_cores else "none",
+                "cores": "wgmma" if report.wgmma else "mma" if report.tensor_cores else "none",
             }
         )
     return pd.DataFrame(rows)
