@@ -84,7 +84,7 @@ def table(
 ) -> pd.DataFrame:
     """A row a case of ViT-B/16's first MLP layer: block rows a program, its tile, and what it needs of the GPU.
 
-    ``rows`` are the block rows a program computes, ``packed`` is how many times the blocks of the weight its packed form
+    ``rows`` are the block rows a program computes, ``packed`` is how many times the blocks of the weight its packing
     holds, ``spills`` are bytes a thread, ``KiB`` is shared memory, ``programs`` is how many one multiprocessor holds at
     once, and ``cores`` the tensor cores' instruction. float32 is ``tf32x3``. Takes a second or two a row.
     """
