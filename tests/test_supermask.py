@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import blockvit
-from blockvit.masks import block_mask, block_means, block_norms, num_kept, soft_top_k
+from blockvit.masks import (
+    CHUNK_BYTES,
+    block_mask,
+    block_means,
+    block_norms,
+    masked_linear,
+    multiply_blocks,
+    num_kept,
+    soft_top_k,
+)
 from blockvit.supermask import (
     METHODS,
     SupermaskConv2d,
@@ -256,12 +265,59 @@ def test_gradients_leave_the_gradient_that_they_are_given_as_it_is():
     assert torch.equal(layer.weight.grad, kept.float())
 
 
+@pytest.mark.parametrize("dense_gradient", [False, True], ids=["masked", "dense"])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("scores",), ("bias", "x"), ("weight", "scores")], ids=str)
+@pytest.mark.parametrize("tokens", [(), (0,), (7,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape, block_size", [((22, 18), 4), ((64, 48), 16), ((5, 40), 32)], ids=str)
+def test_masked_linear_equals_linear_of_the_masked_weight(shape, block_size, tokens, frozen, dense_gradient):
+    torch.manual_seed(0)
+    blocks = [-(-size // block_size) for size in shape]
+    x, weight = torch.randn(*tokens, shape[1]).double(), torch.randn(shape).double()
+    tensors = {"x": x, "weight": weight, "scores": torch.randn(blocks).double(), "bias": torch.randn(shape[0]).double()}
+    learnt = [tensor.requires_grad_() for name, tensor in tensors.items() if name not in frozen]
+    mask = block_mask(tensors["scores"], 0.6)
+    _, weight, scores, bias = tensors.values()
+    y = masked_linear(x, weight, scores, bias, mask, block_size, dense_gradient=dense_gradient)
+    effective = multiply_blocks(weight, scores, mask, block_size, dense_gradient=dense_gradient)
+    expected = F.linear(x, effective, bias)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    given = grad.clone()
+    found = torch.autograd.grad(y, learnt, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, learnt, grad))
+    assert torch.equal(grad, given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_computes_the_same_with_and_without_gradients(method):
+    layer = SupermaskLinear(48, 64, sparsity=0.7, block_size=16, method=method)
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        without = layer(x)
+    torch.testing.assert_close(layer(x), without)
+
+
+def test_a_weight_used_twice_gets_both_gradients():
+    layer = SupermaskLinear(32, 32, sparsity=0.5, block_size=8, dtype=torch.float64)
+    x = torch.randn(4, 32, dtype=torch.float64)
+    weight = layer.effective_weight()
+    expected = torch.autograd.grad(
+        F.linear(F.linear(x, weight, layer.bias), weight, layer.bias).sum(), [*layer.parameters()]
+    )
+    torch.testing.assert_close(torch.autograd.grad(layer(layer(x)).sum(), [*layer.parameters()]), expected)
+
+
 def test_a_layer_larger_than_what_is_summed_at_a_time():
-    layer = SupermaskLinear(1024, 700, sparsity=0.9, block_size=32, bias=False)
-    grad = torch.randn(700, 1024)
+    layer = SupermaskLinear(1024, 2300, sparsity=0.9, block_size=32, bias=False)
+    assert layer.weight.nbytes > 2 * CHUNK_BYTES
+    grad = torch.randn(2300, 1024)
     layer.effective_weight().backward(grad)
-    products = F.pad(grad * layer.weight.detach(), (0, 0, 0, 4)).view(22, 32, 32, 32)
+    products = F.pad(grad * layer.weight.detach(), (0, 0, 0, 4)).view(72, 32, 32, 32)
     torch.testing.assert_close(layer.scores.grad, products.sum((1, 3)), atol=1e-5, rtol=1e-4)
+    apart = [layer.weight.grad, layer.scores.grad]
+    layer.zero_grad()
+    layer(torch.eye(1024)).backward(grad.T)
+    torch.testing.assert_close([layer.weight.grad, layer.scores.grad], apart, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

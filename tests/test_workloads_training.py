@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from blockvit.bench import Effort, sweep
@@ -88,10 +89,10 @@ def test_variants_compute_the_same_from_the_same_weights_whoever_came_before():
 
 
 def test_masks_that_compute_something_else_cost_their_own_row(monkeypatch):
-    def wrong(layer):
-        return layer.weight * 1.5
+    def wrong(layer, x):
+        return 1.5 * F.linear(x, layer.weight, layer.bias)
 
-    monkeypatch.setattr(SupermaskLinear, "effective_weight", wrong)
+    monkeypatch.setattr(SupermaskLinear, "forward", wrong)
     rows = LAYER.measure(CPU, SHORT)
     assert {(row["backend"], row["metric"]) for row in rows} == {
         ("dense", STEP_SECONDS),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -101,33 +102,43 @@ def _rows_of_blocks(tensor: Tensor, block_size: int) -> list[Tensor]:
     return parts if whole == len(matrix) else [*parts, matrix[whole:].unsqueeze(0)]
 
 
+def _along_rows(factor: Tensor, tensor: Tensor, block_size: int) -> Tensor:
+    """``factor``, one value a block of ``tensor``, for each element along a row: ``(rows of blocks, 1, elements)``."""
+    along = _spread(factor.to(tensor.dtype), block_size, tuple(tensor.shape), range(1, tensor.dim()))
+    return along.flatten(1).unsqueeze(1)
+
+
 def scale_blocks(tensor: Tensor, factor: Tensor, block_size: int) -> Tensor:
     """``tensor`` times ``factor``, which has one value a block.
 
     The factors are spread along one row of each row of blocks only, not over all elements: on a CPU, that is four to
     twenty times as fast as multiplying by an expanded mask.
     """
-    along = _spread(factor.to(tensor.dtype), block_size, tuple(tensor.shape), range(1, tensor.dim())).flatten(1)
     parts = _rows_of_blocks(tensor, block_size)
-    factors = along.split([len(part) for part in parts])
-    scaled = [(part * f.unsqueeze(1)).flatten(0, 1) for part, f in zip(parts, factors, strict=True)]
+    factors = _along_rows(factor, tensor, block_size).split([len(part) for part in parts])
+    scaled = [(part * f).flatten(0, 1) for part, f in zip(parts, factors, strict=True)]
     return (scaled[0] if len(scaled) == 1 else torch.cat(scaled)).view(tensor.shape)
 
 
-CHUNK_BYTES = 1 << 20
-"""Of the products that are summed at a time on a CPU: they stay in its cache, which saves 40% of the time."""
+CHUNK_BYTES = 4 << 20
+"""Of the products that are summed at a time on a CPU: they stay in its cache, which saves a third of the time."""
 
 
-def _sum_blocks(elementwise: Callable[..., Tensor], tensors: Sequence[Tensor], block_size: int) -> Tensor:
+def _sum_blocks(
+    elementwise: Callable[..., Tensor], tensors: Sequence[Tensor], block_size: int, factor: Tensor | None = None
+) -> Tensor:
     """Sum of ``elementwise(*tensors)`` over each block: shape ``ceil(size / b)`` in every dimension.
 
-    Half precision adds up in single precision.
+    It gets some rows of blocks at a time, ``(rows of blocks, elements down a block, elements along a row)``, and last
+    theirs of ``factor``, if that is given, as ``_along_rows`` has it. Half precision adds up in single precision.
     """
-    rows = []
+    rows, start = [], 0
     for parts in zip(*(_rows_of_blocks(tensor, block_size) for tensor in tensors), strict=True):
         for chunks in zip(*(part.split(_chunk_rows(part)) for part in parts), strict=True):
-            values = elementwise(*chunks)
+            end = start + len(chunks[0])
+            values = elementwise(*chunks) if factor is None else elementwise(*chunks, factor[start:end])
             rows.append(values.sum(1, dtype=torch.promote_types(values.dtype, torch.float32)))
+            start = end
     row_sums = torch.cat(rows).unflatten(1, tensors[0].shape[1:])
     lengths = _block_lengths(tuple(row_sums.shape), block_size)
     for dim in range(1, row_sums.dim()):
@@ -216,6 +227,79 @@ def multiply_blocks(
         dense_gradient: leave the weight's gradient as it is, whatever the factors.
     """
     return _MultiplyBlocks.apply(weight, scores, factor, grad_factor, dense_gradient, block_size)
+
+
+def gradients_from_(
+    grad: Tensor, weight: Tensor | None, factor: Tensor | None, block_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the weight and of the scores, from ``grad``, that of ``multiply_blocks``' result.
+
+    ``grad`` becomes the weight's, in the pass that reads it for the scores'. ``weight``: None if no scores are to be
+    had. ``factor``: of the weight's gradient; None leaves it as it is.
+    """
+    if weight is None:
+        return grad if factor is None else scale_blocks(grad, factor, block_size), None
+    if factor is None:
+        return grad, block_dots(grad, weight, block_size)
+
+    def product(grad: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        products = grad * weight
+        grad.mul_(factor)
+        return products
+
+    return grad, _sum_blocks(product, [grad, weight], block_size, _along_rows(factor, grad, block_size))
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scores: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor,
+        block_size: int,
+        dense_gradient: bool,
+    ) -> Tensor:
+        effective = scale_blocks(weight, mask, block_size)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[2] else None, effective, mask)
+        ctx.block_size, ctx.dense_gradient = block_size, dense_gradient
+        return F.linear(x, effective, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, effective, mask = ctx.saved_tensors
+        wants_x, wants_weight, wants_scores, wants_bias = ctx.needs_input_grad[:4]
+        grad_x = grad_weight = grad_scores = None
+        if wants_x:
+            grad_x = grad @ effective
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if wants_weight or wants_scores:
+            factor = None if ctx.dense_gradient else mask
+            grad_weight, grad_scores = gradients_from_(grad.t() @ x, weight, factor, ctx.block_size)
+        grad_bias = grad.sum(0) if wants_bias else None
+        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor,
+    block_size: int,
+    *,
+    dense_gradient: bool = False,
+) -> Tensor:
+    """``F.linear(x, multiply_blocks(weight, scores, mask, block_size, ...), bias)``, with a cheaper backward pass.
+
+    The gradient of the product's weight is nobody else's here, so it becomes the weight's in place, in the pass that
+    finds the scores'. That counts where few tokens leave a layer bound by memory. All tensors are of one floating
+    point type; arguments otherwise as of ``multiply_blocks``. Differentiable once.
+    """
+    return _MaskedLinear.apply(x, weight, scores, bias, mask, block_size, dense_gradient)
 
 
 def soft_top_k(values: Tensor, kept: Tensor, sharpness: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .kernels.registry import constant_in_graphs
-from .masks import block_dots, num_kept, scale_blocks
+from .masks import gradients_from_, num_kept
 from .supermask import SupermaskLinear, supermask_layers
 
 WEIGHT_GRADS = ("dense", "kept")
@@ -76,8 +76,8 @@ class _SparseProduct(torch.autograd.Function):
             grad_x = how.backend.input_gradient(_padded(grad, b), values, pattern).narrow(1, 0, weight.shape[1])
         if (wants_weight or wants_scores) and how.everywhere:
             effective = (grad.t() @ x).to(weight.dtype)
-            grad_scores = block_dots(effective, weight, b) if wants_scores else None
-            grad_weight = effective if how.dense_gradient else scale_blocks(effective, mask, b)
+            factor = None if how.dense_gradient else mask
+            grad_weight, grad_scores = gradients_from_(effective, weight if wants_scores else None, factor, b)
         elif wants_weight or wants_scores:
             sampled = how.backend.weight_gradient(_padded(grad, b), _padded(x, b), pattern, b).to(weight.dtype)
             grad_scores = _score_gradient(sampled, weight, mask, pattern) if wants_scores else None

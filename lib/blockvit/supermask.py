@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from .attention import expose_projections
 from .bsr import check_block_size
-from .masks import block_means, block_norms, check_sparsity, highest, multiply_blocks, num_kept, soft_top_k
+from .masks import (
+    block_means,
+    block_norms,
+    check_sparsity,
+    highest,
+    masked_linear,
+    multiply_blocks,
+    num_kept,
+    soft_top_k,
+)
 from .targets import Targets, lookup, matching, replace_modules
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")
@@ -217,7 +226,20 @@ class SupermaskLinear(_Supermask, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
+        if self._is_bound_by_memory(x):
+            how = {"dense_gradient": self.method != "supermask"}
+            return masked_linear(x, self.weight, self.scores, self.bias, self.block_mask(), self.block_size, **how)
         return F.linear(x, self.effective_weight(), self.bias)
+
+    def _is_bound_by_memory(self, x: Tensor) -> bool:
+        # What autocast and the compiler make of the plain product is as good, and on a GPU its weights are no matter.
+        return (
+            x.device.type == "cpu"
+            and self.method != "spartan"
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 class SupermaskConv2d(_Supermask, nn.Conv2d):
