@@ -32,6 +32,21 @@ def sparse_vit(**arguments) -> nn.Module:
     return blockvit.to_block_sparse(blockvit.fold(model), BLOCK)
 
 
+def test_a_head_that_was_exchanged_is_saved_with_its_own_classes(tmp_path):
+    model = vit()
+    model.heads.head = nn.Linear(32, 7)
+    assert model.num_classes == 10
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.6, BLOCK, targets="mlp")), BLOCK)
+    save(model, tmp_path / "model.safetensors")
+    loaded, x = load(tmp_path / "model.safetensors"), torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x)) and loaded(x).shape == (2, 7)
+    model.heads = nn.Linear(32, 7)  # no longer what torchvision builds
+    save(model, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="pass"):
+        load(tmp_path / "other.safetensors")
+
+
 class Mlp(nn.Module):
     """Not a VisionTransformer: to load it, a model has to be given."""
 

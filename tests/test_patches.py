@@ -41,6 +41,7 @@ def test_zero_blocks_are_left_out_and_the_bias_is_shared():
         (nn.Conv2d(3, 8, 4, 4), True),
         (nn.Conv2d(3, 8, 4, 4, padding="valid"), True),
         (nn.Conv2d(3, 8, 4, 2), False),
+        (nn.Conv2d(3, 8, 1), False),
         (nn.Conv2d(3, 8, (4, 2), (4, 2)), False),
         (nn.Conv2d(3, 8, 4, 4, padding=1), False),
         (nn.Conv2d(3, 8, 4, 4, dilation=2), False),

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import blockvit
 from blockvit.bsr import BlockPattern, BSRMatrix, block_view
 from blockvit.kernels import backends
-from blockvit.sparse_training import SparseSupermaskLinear, train_sparse
+from blockvit.sparse_training import SparseSupermaskLinear, end_sparse, train_sparse
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, set_sparsity
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -134,6 +134,29 @@ def test_autocast_computes_as_the_masked_model_does():
         ours, expected = backward(sparse, x), backward(masked, x)
     assert ours["y"].dtype == torch.bfloat16 and ours["0.weight"].dtype == torch.float32
     assert_same(ours, expected, 0.03)
+
+
+@pytest.mark.parametrize("backend", [None, *SPARSE])
+@pytest.mark.parametrize("shape", [(6, 48), (2, 3, 48)], ids=str)
+def test_outputs_may_be_changed_in_place(backend, shape):
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(48, 64), nn.ReLU(inplace=inplace)) for inplace in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        blockvit.sparsify(net, 0.5, 16, targets="*", scores="magnitude")
+        if backend is not None:
+            train_sparse(net, adam(net), backend=backend)
+    x = torch.randn(shape)
+    assert_same(*(backward(net, x) for net in nets), TOLERANCE[torch.float32])
+
+
+def test_what_was_begun_can_be_ended():
+    net, untouched = model(), model()
+    optimizer = adam(net)
+    end_sparse(train_sparse(net, optimizer))
+    assert repr(net) == repr(untouched) and vars(net[0]).keys() == vars(untouched[0]).keys()
+    train(net, optimizer, batches(2))  # whose steps are no longer counted
+    assert repr(end_sparse(untouched)) == repr(net)
 
 
 def test_wrong_inputs_raise_as_in_the_masked_layer():

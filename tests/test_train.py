@@ -289,6 +289,13 @@ def test_training_through_sparse_products_is_the_masked_one():
     assert same_weights(run(replace(TINY, sparse_steps=1))[0], run()[0]), "a dense model has no sparse products"
 
 
+def test_sparse_products_go_on_with_the_model_that_was_stopped(tmp_path):
+    recipe = replace(TINY, sparse_steps=3)
+    path, model = tmp_path / "checkpoint.pt", masked_model()
+    run(recipe, model, checkpoint=path, stop=lambda history: len(history.epochs) == 2)
+    assert same_weights(run(recipe, model, checkpoint=path)[0], run(recipe, masked_model())[0])
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_masks_that_last_resume_to_the_same_bits(tmp_path, ema):
     recipe = replace(TINY, sparse_steps=3, sparse_weight_grad="kept", model_ema=ema, model_ema_steps=1)

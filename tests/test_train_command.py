@@ -12,6 +12,7 @@ from test_train import tiny_data
 
 import blockvit
 from blockvit import data, models, train
+from blockvit.attention import expose_projections
 from blockvit.train import command
 from blockvit.train.recipe import RECIPES
 
@@ -62,6 +63,14 @@ def test_a_training_with_everything_that_it_writes(tmp_path, capsys, few_digits)
 def test_a_dense_model_is_written_as_it_is(tmp_path, few_digits):
     assert run(*QUICK, "--output", tmp_path) == 0
     model = models.create("vit_digits")
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    top1 = torch.load(tmp_path / "checkpoint.pt")["history"][-1]["test_top1"]
+    assert train.evaluate(model, few_digits.test)["top1"] == pytest.approx(top1)
+
+
+def test_masks_without_a_block_of_zeros_are_written_as_a_state_dict(tmp_path, few_digits):
+    assert run(*QUICK, "--sparsity", 0, "--block-size", 16, "--output", tmp_path) == 0
+    model = expose_projections(models.create("vit_digits"))
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     top1 = torch.load(tmp_path / "checkpoint.pt")["history"][-1]["test_top1"]
     assert train.evaluate(model, few_digits.test)["top1"] == pytest.approx(top1)

@@ -133,10 +133,10 @@ def _recipe(cell: AccuracyCell, changes: Mapping[str, Any] | None) -> tuple[Reci
     return replace(recipe, seed=cell.seed), described(cell.dataset, changes, dict(cell.variant))
 
 
-def _checkpoint(folder: str | os.PathLike[str], cell: AccuracyCell, recipe: Recipe) -> Path:
+def _checkpoint(folder: str | os.PathLike[str], cell: AccuracyCell, recipe: Recipe, data_root: str | None) -> Path:
     # Other targets, another variant or another recipe are another training: the digest keeps their checkpoints apart.
     digest = hashlib.sha256(repr((cell, asdict(recipe))).encode()).hexdigest()[:8]
-    return Path(folder) / cell.dataset / f"{cell.name}-{digest}.pt"
+    return Path(folder) / data.label(cell.dataset, data_root) / f"{cell.name}-{digest}.pt"
 
 
 def train_cell(
@@ -164,7 +164,7 @@ def train_cell(
         splits,
         how,
         device=device,
-        checkpoint=_checkpoint(folder, cell, how),
+        checkpoint=_checkpoint(folder, cell, how, data_root),
         progress=progress,
         num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, os.cpu_count() or 1),
         stop=stop,
@@ -323,7 +323,7 @@ def run(
         return report
     if remeasure:
         for cell in pending:
-            _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0]).unlink(missing_ok=True)
+            _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0], data_root).unlink(missing_ok=True)
     workers = 1 if num_processes > 1 else workers or _workers(device, pending)
     if bench.busy_note():
         report.notes.append("other processes kept the cores busy when the run began: its times are not written")

@@ -99,7 +99,6 @@ _VIT_ARGUMENTS = (
     "mlp_dim",
     "dropout",
     "attention_dropout",
-    "num_classes",
     "representation_size",
 )
 
@@ -117,7 +116,11 @@ def _architecture(model: nn.Module) -> dict[str, Any] | None:
     norm = model.norm_layer  # another one, or another epsilon, would be built wrongly without a word
     if not isinstance(norm, partial) or (norm.func, norm.args, norm.keywords) != (nn.LayerNorm, (), {"eps": 1e-6}):
         return None
+    outputs = getattr(getattr(model.heads, "head", None), "out_features", None)
+    if outputs is None:
+        return None
     arguments = {name: getattr(model, name) for name in _VIT_ARGUMENTS}
+    arguments["num_classes"] = outputs  # the model's own number is that of the head that it was made with
     arguments["num_layers"] = len(model.encoder.layers)
     arguments["num_heads"] = model.encoder.layers[0].num_heads
     return arguments

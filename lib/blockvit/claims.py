@@ -511,9 +511,7 @@ def decide(store: Store) -> pd.DataFrame:
 
 def readme(store: Store) -> str:
     """What the pipeline writes into the README: the claims, and what they rest on."""
-    return (
-        f"{markdown(store)}\nMeasured, by device and table; what is not listed was not measured:\n\n{coverage(store)}"
-    )
+    return f"{markdown(store)}\nWhat they rest on, by device and table:\n\n{coverage(store)}"
 
 
 def coverage(store: Store) -> str:

@@ -6,6 +6,7 @@ block has ``ceil(size / block_size)`` entries in every dimension, the last of wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -154,11 +155,6 @@ def _chunk_rows(part: Tensor) -> int:
     return max(1, CHUNK_BYTES // (part[0].numel() * part.element_size()))
 
 
-def block_sums(tensor: Tensor, block_size: int) -> Tensor:
-    """Sum of each block of ``tensor``, partial edge blocks included: shape ``ceil(size / b)`` in every dimension."""
-    return _sum_blocks(lambda values: values, [tensor], block_size)
-
-
 def block_dots(a: Tensor, b: Tensor, block_size: int) -> Tensor:
     """Sum of ``a * b`` over each block."""
     return _sum_blocks(torch.mul, [a, b], block_size)
@@ -251,6 +247,8 @@ def gradients_from_(
 
 
 class _MaskedLinear(torch.autograd.Function):
+    """``masked_linear`` of ``x`` ``(tokens, in)``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -275,7 +273,6 @@ class _MaskedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_scores = None
         if wants_x:
             grad_x = grad @ effective
-        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if wants_weight or wants_scores:
             factor = None if ctx.dense_gradient else mask
             grad_weight, grad_scores = gradients_from_(grad.t() @ x, weight, factor, ctx.block_size)
@@ -299,7 +296,10 @@ def masked_linear(
     finds the scores'. That counts where few tokens leave a layer bound by memory. All tensors are of one floating
     point type; arguments otherwise as of ``multiply_blocks``. Differentiable once.
     """
-    return _MaskedLinear.apply(x, weight, scores, bias, mask, block_size, dense_gradient)
+    # In two dimensions: F.linear returns a view in three, and autograd forbids changing a function's views in place.
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _MaskedLinear.apply(rows, weight, scores, bias, mask, block_size, dense_gradient)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def soft_top_k(values: Tensor, kept: Tensor, sharpness: Tensor) -> Tensor:

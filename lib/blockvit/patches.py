@@ -20,7 +20,7 @@ def is_patch_embedding(conv: nn.Module) -> bool:
     """Whether ``conv`` is an ``nn.Conv2d`` over patches: square kernels side by side, every channel in each."""
     return (
         type(conv) is nn.Conv2d
-        and conv.kernel_size == conv.stride
+        and conv.kernel_size == conv.stride != (1, 1)
         and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.padding in ((0, 0), "valid")
         and conv.dilation == (1, 1)

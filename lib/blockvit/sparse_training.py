@@ -63,7 +63,8 @@ class _SparseProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, values, mask, *pattern)
         ctx.how = how
         bias = None if bias is None else _padded(bias, b)
-        return how.backend.product(_padded(x, b), values, pattern, bias).narrow(1, 0, weight.shape[0])
+        y = how.backend.product(_padded(x, b), values, pattern, bias).narrow(1, 0, weight.shape[0])
+        return y.detach()  # no view to autograd, which forbids changing a function's views in place
 
     @staticmethod
     @once_differentiable
@@ -259,12 +260,26 @@ def train_sparse(
     return model
 
 
+_OPTIONS_AND_STATE = ("refresh_every", "weight_grad", "requested_backend", "_mask_and_pattern", "_age", "_everywhere")
+"""What a ``SparseSupermaskLinear`` has besides a ``SupermaskLinear``'s attributes."""
+
+
+def end_sparse(model: nn.Module) -> nn.Module:
+    """Undo ``train_sparse``, in place; returns ``model``. A model that it has not had is left alone."""
+    for layer in model.modules():
+        if isinstance(layer, SparseSupermaskLinear):
+            layer.__class__ = SupermaskLinear
+            for name in _OPTIONS_AND_STATE:
+                delattr(layer, name)
+    return model
+
+
 def _count_steps(optimizer: torch.optim.Optimizer, layers: list[SparseSupermaskLinear]) -> None:
     references = [weakref.ref(layer) for layer in layers]  # a folded model's masked layers need not outlive it
 
     def stepped(*_: Any) -> None:
         for reference in references:
-            if (layer := reference()) is not None:
+            if isinstance(layer := reference(), SparseSupermaskLinear):
                 layer.stepped()
 
     optimizer.register_step_post_hook(stepped)

@@ -192,6 +192,9 @@ def _one_of(what: str, name: str, known: Mapping[str, str] | tuple[str, ...]) ->
 class SupermaskLinear(_Supermask, nn.Linear):
     """``nn.Linear`` whose weight is masked block by block; the bias is not.
 
+    On a CPU it trains through ``masks.masked_linear``, which is differentiable once; else, and in evaluation, through
+    ``effective_weight``, which it equals.
+
     Args:
         in_features: size of each input sample.
         out_features: size of each output sample.
@@ -226,13 +229,14 @@ class SupermaskLinear(_Supermask, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
-        if self._is_bound_by_memory(x):
+        if self._takes_gradient_in_place(x):
             how = {"dense_gradient": self.method != "supermask"}
             return masked_linear(x, self.weight, self.scores, self.bias, self.block_mask(), self.block_size, **how)
         return F.linear(x, self.effective_weight(), self.bias)
 
-    def _is_bound_by_memory(self, x: Tensor) -> bool:
-        # What autocast and the compiler make of the plain product is as good, and on a GPU its weights are no matter.
+    def _takes_gradient_in_place(self, x: Tensor) -> bool:
+        # Worth it on a CPU alone, where a few tokens leave a layer bound by its weights. The compiler fuses the plain
+        # product itself, and autocast casts its weight.
         return (
             x.device.type == "cpu"
             and self.method != "spartan"

@@ -1,15 +1,10 @@
 """Which pictures an epoch takes, in what order, and which of them each process takes.
 
-An epoch is one list of positions, the same for any number of processes: process r of W takes the positions r, r + W,
-r + 2W, ... So the k-th batches of all processes together are the k-th batch of a single process that takes W times as
-many pictures a step, and no position is taken twice. Each position brings the seed of its own augmentation, so that
-what is drawn depends neither on the number of processes nor on that of data-loading workers:
-
-    sampler = RepeatedAugSampler(len(images), seed=0, rank=rank, world_size=world_size)
-    loader = DataLoader(DrawnPictures(images), batch_size // world_size, sampler=sampler, drop_last=True, ...)
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        for pictures, labels in loader: ...
+An epoch is one list of positions, the same for any number of processes. Training asks for the whole list and deals each
+global batch out itself (``train.batches``). For a ``DataLoader`` of one's own, process r of W takes the positions r,
+r + W, r + 2W, ...: the k-th batches of all processes together are the k-th batch of a single process that takes W times
+as many pictures a step. No position is taken twice, and each brings the seed of its own augmentation, so that what is
+drawn depends neither on the number of processes nor on that of data-loading workers.
 """
 
 from __future__ import annotations

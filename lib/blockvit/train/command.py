@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .. import checkpoint, data, files, models
-from ..fold import fold, to_block_sparse
+from ..fold import fold, layer_fates, to_block_sparse
 from ..supermask import BLOG_TARGETS, METHODS, SCORES, sparsify, supermask_layers
 from .batches import accumulation, steps_per_epoch
 from .loop import History, NonFiniteLossError, fit
@@ -212,11 +212,10 @@ def report(history: History, recipe: Recipe, curve: Path) -> None:
 
 
 def export(model: nn.Module, path: Path, block_size: int) -> None:
-    """Write ``model``, its masks folded: block-sparse for ``blockvit.load``, or if it has none its plain state dict."""
+    """Write ``model``, its masks folded: block-sparse for ``blockvit.load``, or its state dict if no block is zero."""
     model.cpu().eval()
-    if supermask_layers(model):
-        to_block_sparse(fold(model), block_size, backend="torch")
-        checkpoint.save(model, path)
+    if supermask_layers(model) and any(fate.fate != "dense" for fate in layer_fates(fold(model), block_size)):
+        checkpoint.save(to_block_sparse(model, block_size, backend="dense"), path)  # a backend that runs everywhere
     else:
         files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
 

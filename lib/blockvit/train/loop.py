@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data import DataSplits, Images, ImageTensors, eval_transform, train_transform
 from ..files import save_atomically
-from ..sparse_training import train_sparse
+from ..sparse_training import end_sparse, train_sparse
 from ..supermask import supermask_layers
 from . import resume as checkpoints
 from .batches import Batch, Chance, accumulation, batches, epoch_order, seed_of, steps_per_epoch
@@ -128,6 +128,7 @@ def fit(
         OSError: the checkpoint cannot be written; the one before it is as it was.
     """
     processes = join(device)
+    end_sparse(model)  # an earlier call may have made it so, with an optimizer that is no more
     _check_run(model, data, recipe, eval_every)
     accumulate = accumulation(recipe.batch_size, processes.count, accumulate)
     identity = checkpoints.identity_of(model, data, recipe)
@@ -370,7 +371,8 @@ def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: i
             f"{data.name} has {len(data.train)} training pictures, fewer than one batch of {recipe.batch_size}; "
             "choose a smaller batch_size"
         )
-    outputs = getattr(model, "num_classes", len(data.classes))
+    head = getattr(getattr(model, "heads", None), "head", model)  # its size outlives an exchange, num_classes does not
+    outputs = getattr(head, "out_features", getattr(model, "num_classes", len(data.classes)))
     if outputs != len(data.classes):
         raise ValueError(
             f"the model has {outputs} classes, {data.name} has {len(data.classes)}; make the model with "
