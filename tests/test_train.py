@@ -683,6 +683,9 @@ def test_fewer_pictures_than_a_batch():
 def test_model_of_other_classes():
     with pytest.raises(ValueError, match="the model has 5 classes, tiny has 2; make the model with num_classes=2"):
         run(model=tiny_model(num_classes=5))
+    model = tiny_model(num_classes=5)
+    model.heads.head = torch.nn.Linear(16, 2)  # as for fine-tuning; torchvision's model.num_classes stays as it was
+    assert run(model=model, stop=lambda history: True)[1].epochs == []
 
 
 def test_eval_every_must_be_positive():
