@@ -24,6 +24,7 @@ from .attention import MultiheadAttention, expose_projections
 from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
+from .models import num_classes
 from .patches import PatchEmbedding, is_patch_embedding
 from .targets import replace_modules
 
@@ -116,11 +117,10 @@ def _architecture(model: nn.Module) -> dict[str, Any] | None:
     norm = model.norm_layer  # another one, or another epsilon, would be built wrongly without a word
     if not isinstance(norm, partial) or (norm.func, norm.args, norm.keywords) != (nn.LayerNorm, (), {"eps": 1e-6}):
         return None
-    outputs = getattr(getattr(model.heads, "head", None), "out_features", None)
-    if outputs is None:
+    if (classes := num_classes(model)) is None:
         return None
     arguments = {name: getattr(model, name) for name in _VIT_ARGUMENTS}
-    arguments["num_classes"] = outputs  # the model's own number is that of the head that it was made with
+    arguments["num_classes"] = classes
     arguments["num_layers"] = len(model.encoder.layers)
     arguments["num_heads"] = model.encoder.layers[0].num_heads
     return arguments

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..data import DataSplits, Images, ImageTensors, eval_transform, train_transform
 from ..files import save_atomically
+from ..models import num_classes
 from ..sparse_training import end_sparse, train_sparse
 from ..supermask import supermask_layers
 from . import resume as checkpoints
@@ -371,8 +372,9 @@ def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: i
             f"{data.name} has {len(data.train)} training pictures, fewer than one batch of {recipe.batch_size}; "
             "choose a smaller batch_size"
         )
-    head = getattr(getattr(model, "heads", None), "head", model)  # its size outlives an exchange, num_classes does not
-    outputs = getattr(head, "out_features", getattr(model, "num_classes", len(data.classes)))
+    outputs = num_classes(model)
+    if outputs is None:
+        outputs = getattr(model, "num_classes", len(data.classes))
     if outputs != len(data.classes):
         raise ValueError(
             f"the model has {outputs} classes, {data.name} has {len(data.classes)}; make the model with "
