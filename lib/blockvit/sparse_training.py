@@ -191,7 +191,7 @@ class SparseSupermaskLinear(SupermaskLinear):
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, self.in_features).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
-            how = How(self.block_size, named(backend), self._everywhere, self.method != "supermask")
+            how = How(self.block_size, named(backend), self._everywhere, self.dense_gradient)
             y = _SparseProduct.apply(rows, self.weight, self.scores, bias, how, *self._mask_and_pattern)
         return y.view(*x.shape[:-1], self.out_features)
 

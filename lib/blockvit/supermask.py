@@ -155,6 +155,11 @@ class _Supermask:
     def _number_kept(self) -> int | Tensor:
         return self._kept if torch.compiler.is_compiling() else num_kept(self.num_blocks, self.sparsity_in_force)
 
+    @property
+    def dense_gradient(self) -> bool:
+        """Whether the weights of dropped blocks get a gradient too; see ``METHODS``."""
+        return self.method != "supermask"
+
     def block_scores(self) -> Tensor:
         """What the blocks are chosen by, ``ceil(size / block_size)`` in every dimension: learned, or of the weights."""
         if self.scores is not None:
@@ -173,9 +178,8 @@ class _Supermask:
             soft = soft_top_k(means, self._kept, self._sharpness)
             factor = soft.detach() * highest(means, self._number_kept())
             return multiply_blocks(self.weight, soft, factor, self.block_size, grad_factor=soft.detach())
-        dense_gradient = self.method != "supermask"
         return multiply_blocks(
-            self.weight, self.scores, self.block_mask(), self.block_size, dense_gradient=dense_gradient
+            self.weight, self.scores, self.block_mask(), self.block_size, dense_gradient=self.dense_gradient
         )
 
     def extra_repr(self) -> str:
@@ -230,8 +234,9 @@ class SupermaskLinear(_Supermask, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
         if self._takes_gradient_in_place(x):
-            how = {"dense_gradient": self.method != "supermask"}
-            return masked_linear(x, self.weight, self.scores, self.bias, self.block_mask(), self.block_size, **how)
+            parameters = self.weight, self.scores, self.bias
+            mask = self.block_mask()
+            return masked_linear(x, *parameters, mask, self.block_size, dense_gradient=self.dense_gradient)
         return F.linear(x, self.effective_weight(), self.bias)
 
     def _takes_gradient_in_place(self, x: Tensor) -> bool:

@@ -23,7 +23,7 @@ from ..bench import Effort, precision_class
 from ..clocks import clock_for
 from ..results import IMAGES_PER_SECOND, STEP_SECONDS
 from ..sparse_training import train_sparse
-from ..supermask import METHODS, WITH_SCORES, SupermaskLinear, sparsify, supermask_layers
+from ..supermask import METHODS, WITH_SCORES, SupermaskConv2d, SupermaskLinear, sparsify, supermask_layers
 from .variants import Variant, measure_group
 from .vit import SCOPES
 
@@ -48,7 +48,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def naive_effective_weight(layer: SupermaskLinear) -> Tensor:
+def naive_effective_weight(layer: SupermaskLinear | SupermaskConv2d) -> Tensor:
     """``layer.effective_weight()`` of the method ``supermask``, as the reference implementation computes it."""
     mask = _StraightThrough.apply(layer.scores, layer.block_mask())
     for dim, size in enumerate(layer.weight.shape):
@@ -62,7 +62,10 @@ def _naive_linear(layer: SupermaskLinear, x: Tensor) -> Tensor:
 
 def _made_naive(model: nn.Module) -> nn.Module:
     for layer in supermask_layers(model).values():
-        layer.forward = partial(_naive_linear, layer)
+        if isinstance(layer, SupermaskLinear):  # whose own forward need not ask for the effective weight
+            layer.forward = partial(_naive_linear, layer)
+        else:
+            layer.effective_weight = partial(naive_effective_weight, layer)
     return model
 
 
