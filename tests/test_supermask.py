@@ -288,6 +288,24 @@ def test_masked_linear_equals_linear_of_the_masked_weight(shape, block_size, tok
     assert torch.equal(grad, given)
 
 
+@pytest.mark.parametrize("frozen", [(), ("x",), ("scores",), ("x", "weight", "scores")], ids=str)
+def test_gradients_of_masked_linear_can_be_differentiated(frozen):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 10).double(), torch.randn(12, 10).double()
+    tensors = {"x": x, "weight": weight, "scores": torch.randn(3, 3).double(), "bias": torch.randn(12).double()}
+    learnt = [tensor.requires_grad_() for name, tensor in tensors.items() if name not in frozen]
+    mask = block_mask(tensors["scores"], 0.6)
+
+    def penalties(y):
+        grads = torch.autograd.grad(y.square().sum(), learnt, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), learnt, allow_unused=True)
+
+    x, weight, scores, bias = tensors.values()
+    found = penalties(masked_linear(x, weight, scores, bias, mask, 4))
+    expected = penalties(F.linear(x, multiply_blocks(weight, scores, mask, 4), bias))
+    torch.testing.assert_close(found, expected)  # None for the scores: only their order counts
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_computes_the_same_with_and_without_gradients(method):
     layer = SupermaskLinear(48, 64, sparsity=0.7, block_size=16, method=method)

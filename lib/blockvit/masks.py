@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -261,23 +260,36 @@ class _MaskedLinear(torch.autograd.Function):
         dense_gradient: bool,
     ) -> Tensor:
         effective = scale_blocks(weight, mask, block_size)
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[2] else None, effective, mask)
+        ctx.save_for_backward(x, weight, scores, effective, mask)
         ctx.block_size, ctx.dense_gradient = block_size, dense_gradient
         return F.linear(x, effective, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, effective, mask = ctx.saved_tensors
-        wants_x, wants_weight, wants_scores, wants_bias = ctx.needs_input_grad[:4]
-        grad_x = grad_weight = grad_scores = None
-        if wants_x:
-            grad_x = grad @ effective
+        gradients = _MaskedLinear._to_differentiate if torch.is_grad_enabled() else _MaskedLinear._in_place
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+        return *gradients(ctx, grad), grad_bias, None, None, None
+
+    @staticmethod
+    def _in_place(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _, effective, mask = ctx.saved_tensors
+        wants_x, wants_weight, wants_scores = ctx.needs_input_grad[:3]
+        grad_x = grad @ effective if wants_x else None
+        grad_weight = grad_scores = None
         if wants_weight or wants_scores:
             factor = None if ctx.dense_gradient else mask
+            weight = weight if wants_scores else None
             grad_weight, grad_scores = gradients_from_(grad.t() @ x, weight, factor, ctx.block_size)
-        grad_bias = grad.sum(0) if wants_bias else None
-        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scores
+
+    @staticmethod
+    def _to_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Autograd asks for gradients that can be differentiated in their turn (create_graph), so they need a graph.
+        x, weight, scores, _, mask = ctx.saved_tensors
+        y = F.linear(x, multiply_blocks(weight, scores, mask, ctx.block_size, dense_gradient=ctx.dense_gradient))
+        wanted = [t for t, wants in zip((x, weight, scores), ctx.needs_input_grad, strict=False) if wants]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+        return tuple(next(found) if wants else None for wants in ctx.needs_input_grad[:3])
 
 
 def masked_linear(
@@ -294,7 +306,7 @@ def masked_linear(
 
     The gradient of the product's weight is nobody else's here, so it becomes the weight's in place, in the pass that
     finds the scores'. That counts where few tokens leave a layer bound by memory. All tensors are of one floating
-    point type; arguments otherwise as of ``multiply_blocks``. Differentiable once.
+    point type; arguments otherwise as of ``multiply_blocks``.
     """
     # In two dimensions: F.linear returns a view in three, and autograd forbids changing a function's views in place.
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

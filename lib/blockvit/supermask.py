@@ -196,8 +196,8 @@ def _one_of(what: str, name: str, known: Mapping[str, str] | tuple[str, ...]) ->
 class SupermaskLinear(_Supermask, nn.Linear):
     """``nn.Linear`` whose weight is masked block by block; the bias is not.
 
-    On a CPU it trains through ``masks.masked_linear``, which is differentiable once; else, and in evaluation, through
-    ``effective_weight``, which it equals.
+    On a CPU it trains through ``masks.masked_linear``; else, and in evaluation, through ``effective_weight``, which
+    it equals.
 
     Args:
         in_features: size of each input sample.
