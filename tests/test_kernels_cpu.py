@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -459,3 +460,17 @@ def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
         pytest.skip("these instruction sets are those of x86-64")
     library = build.Library("cpu_linear.cpp", isa)
     subprocess.run(library.command(compiler, tmp_path / "library.so"), check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.without_kernel
+def test_the_kernel_is_right_on_arm(tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if missing := [tool for tool in (compiler, emulator) if not shutil.which(tool)]:
+        pytest.skip(f"needs {' and '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    program = tmp_path / "test"
+    sources = [f"-I{build.SOURCES}", TESTS / "cpu_linear_test.cpp", "-static", "-pthread", "-o", program]
+    subprocess.run([compiler, *build.FLAGS, *build.ISA_FLAGS["baseline"], *sources], check=True)
+    done = subprocess.run([emulator, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("0 failures, 4 lanes")
