@@ -24,6 +24,13 @@ def test_break_even_by_block_size():
     assert answers.break_even_text(cells({("a", 16, 0.9): 2.0})) == "", "one point is no sweep"
 
 
+@pytest.mark.parametrize("column", ["tokens", "batch_size"])
+def test_no_break_even_over_several_sizes(column):
+    both = pd.concat([cells({("a", 16, 0.5): 0.5, ("a", 16, 0.9): 2.0}, **{column: n}) for n in (197, 1576)])
+    with pytest.raises(ValueError, match=f"one {column} at a time"):
+        answers.break_even_text(both)
+
+
 def test_linear_lines_tell_of_each_backend():
     speed = {("a", 16, 0.5): 0.5, ("a", 16, 0.9): 2.0, ("b", 16, 0.9): 0.5, ("b", 32, 0.9): 1.5, ("b", 64, 0.9): 2.5}
     a, b = answers.linear_lines(cells(speed))
@@ -43,7 +50,8 @@ def test_model_lines_take_the_fastest_way_to_run_a_cell():
     eager = cells({("a", 16, 0.9): 1.2, ("a", 32, 0.9): 1.1}, scope="mlp")
     compiled = cells({("a", 32, 0.9): 1.5}, scope="mlp").assign(compile="max-autotune")
     (line,) = answers.model_lines(pd.concat([eager, compiled]), {"mlp": 0.5})
-    assert "at 90% at best 1.50× (20% to 80%: 1.35× to 1.65×) with blocks of 32, max-autotune, of the 1.82×" in line
+    assert "at 90% at best 1.50× (20% to 80%: 1.35× to 1.65×) with blocks of 32, max-autotune; by Amdahl's law" in line
+    assert "1.82×" in line
     assert "Break-even" not in line
 
 

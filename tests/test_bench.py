@@ -344,6 +344,13 @@ def test_remeasure(store):
     assert len(store.read("linear")) == 8
 
 
+def test_what_a_case_before_measures_is_measured_once(store):
+    cases = [Fake(1), Fake(1), Fake(2)]
+    report = sweep(cases, store, "linear")
+    assert (report.measured, report.kept, report.left) == (2, 0, 0)
+    assert [case.times for case in cases] == [1, 0, 1]
+
+
 def test_half_a_group_is_measured_again(store):
     case = Fake(1)
     store.append([{**bench.environment("cpu"), "experiment": "linear", "value": 1, **case.keys(CPU)[0]}])

@@ -128,7 +128,7 @@ def on_device(metrics=("latency",), threads=(1, 2, 4)) -> pd.DataFrame:
 
 
 def tails() -> pd.DataFrame:
-    return on_device(("latency", "latency_p90", "latency_p99"), threads=(4,))
+    return on_device(("latency", "latency_p90", "latency_p99"), threads=(4,)).assign(group="g")
 
 
 def roofline(peak: float = 2e12, bandwidth: float = 1e11):
@@ -913,6 +913,12 @@ def test_a_variant_without_tails_is_left_out_and_two_batches_are_refused():
     assert len(axes.get_yticklabels()) == 3
     with pytest.raises(ValueError, match="one batch_size a figure"):
         plots.latency_tails(pd.concat([rows, rows.assign(batch_size=8)]))
+
+
+def test_a_distribution_is_of_one_group():
+    rows = tails()
+    later = rows[rows["metric"] == "latency"].assign(group="later", value=1.0)
+    assert "1 / 2" in [text.get_text() for text in plots.latency_tails(pd.concat([rows, later])).axes[0].texts]
 
 
 def test_threads_has_a_line_a_variant_dense_ones_first_and_dashed():

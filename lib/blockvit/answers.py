@@ -17,8 +17,11 @@ def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
     """Break-even sparsity by block size: ``16: 86%, 32: never, 64: at 50% or below``; empty without a sweep.
 
     The speedup at a sparsity is the median over the rows that have it; ``log`` as in ``results.break_even``, so that
-    text and figure agree.
+    text and figure agree. Rows of several token counts or batch sizes raise ``ValueError``: their break-evens differ.
     """
+    for column in ("tokens", "batch_size"):
+        if column in speedups and len(found := sorted(speedups[column].dropna().unique())) > 1:
+            raise ValueError(f"break-even of one {column} at a time, but the rows hold {found}; choose one")
     texts = []
     for block, cell in speedups.groupby("block_size"):
         line = cell.groupby("sparsity")["speedup"].median()
@@ -60,8 +63,8 @@ def model_lines(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity: f
         yield (
             f"- `{backend}`, {scope}: at {sparsity:.0%} at best {top['speedup']:.2f}× (20% to 80%: "
             f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×) with blocks of {top['block_size']:.0f}"
-            f"{'' if top['compile'] == 'eager' else ', ' + top['compile']}, of the "
-            f"{amdahl(sparsity, shares[scope]):.2f}× that Amdahl's law allows."
+            f"{'' if top['compile'] == 'eager' else ', ' + top['compile']}; "
+            f"by Amdahl's law, all arithmetic at one rate, {amdahl(sparsity, shares[scope]):.2f}×."
             + (f" Break-even sparsity by block size: {edges}." if edges else "")
         )
 

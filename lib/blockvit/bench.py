@@ -222,13 +222,14 @@ def sweep(
     report = SweepReport(notes=[*notes, *busy_note(), *gpu_note(device)])
     budget_s = time_limit(budget_s)
     start = time.perf_counter()
-    pending = []
+    pending, planned = [], results.Measured.none()
     for case in cases:
         keys = [{**where, **key} for key in case.keys(device)]
         if done.together(keys):
             report.kept += 1
-        elif keys:
+        elif keys and not planned.together(keys):  # what a case before this one measures is not measured again
             pending.append(case)
+            planned.add(keys)
     for case in tqdm(pending, desc=experiment, unit="group", leave=False):
         if budget_s is not None and time.perf_counter() - start >= budget_s:
             break

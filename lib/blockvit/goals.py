@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from .answers import AT
 from .limits import bandwidth, linear_seconds
 from .results import break_even, speedups
 
-AT = 0.9
 CPU_BACKENDS = ("cpu", "cpu+dense")
 GPU_BACKENDS = ("triton", "triton+mlp")
 """Our kernels on each kind of device; a model's goal counts the faster of its two ways."""

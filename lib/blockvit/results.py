@@ -54,6 +54,8 @@ KEYS = [
 COLUMNS = [*KEYS, "value", "low", "high", "unit", "repeats", "run", "group", "git_sha", "date"]
 """``value`` is the median, ``low`` and ``high`` the 20th and 80th percentile of ``repeats`` measurements."""
 
+_SAME = [column for column in KEYS if column not in ("torch", "triton")]  # what is measured, whatever with
+
 FAILED = "failed"
 """The metric of what was tried and could not be measured: it raised, or was not close to the dense result."""
 
@@ -164,6 +166,12 @@ class Measured:
 
     def __contains__(self, row: Mapping[str, Any]) -> bool:
         return _key(row) in self._groups
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """From now on ``rows`` count as measured, together."""
+        group = new_group()
+        for row in rows:
+            self._groups.setdefault(_key(row), set()).add(group)
 
     def together(self, rows: Iterable[Mapping[str, Any]]) -> bool:
         """Whether one group holds all of ``rows``: only then were they measured to be compared.
@@ -283,6 +291,8 @@ def new_group() -> str:
 def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
     """Speed of each sparse latency row over the dense one of its own group, newest measurement of each kind only.
 
+    Over the fastest dense variant, a measurement beside more of them counts before a newer one of the same run.
+
     Args:
         rows: rows with ``metric == "latency"`` among them, as ``Store.read`` gives them.
         baseline: ``"fastest"``, the fastest dense variant of the group, or ``"eager"``, dense PyTorch as it comes.
@@ -307,6 +317,9 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
         speedup_low=pairs["dense_low"] / pairs["high"],
         speedup_high=pairs["dense_high"] / pairs["low"],
     )
+    if baseline == "fastest":
+        of_run = pairs.groupby([*_SAME, "run"], dropna=False)["dense_variants"]
+        pairs = pairs[pairs["dense_variants"] == of_run.transform("max")]
     return newest(pairs)
 
 
@@ -367,7 +380,7 @@ def newest(rows: pd.DataFrame, ignore: Sequence[str] = ()) -> pd.DataFrame:
 
     Rows that differ only in the key columns of ``ignore`` count as the same, too.
     """
-    same = [column for column in KEYS if column not in ("torch", "triton", *ignore)]
+    same = [column for column in _SAME if column not in ignore]
     return rows.sort_values("date", kind="stable").drop_duplicates(same, keep="last").reset_index(drop=True)
 
 

@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from ..results import newest
 from .rows import one_of, require
 from .style import DENSE, WIDTH, legend, sizes_axis
 
@@ -24,13 +25,16 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
     """Median, 90th and 99th percentile of the latency of each variant, the fastest at the top.
 
     Args:
-        rows: of one model, precision, batch size and number of threads, with the metrics of ``TAILS`` (s).
+        rows: of one model, precision, batch size and number of threads, with the metrics of ``TAILS`` (s). A
+            distribution is that of the newest group that has all of it.
     """
-    rows = require(rows[rows["metric"].isin(TAILS)], "distributions of latencies")
+    rows = rows[rows["metric"].isin(TAILS)].assign(variant=lambda rows: _labels(rows))
+    whole = rows.groupby(["group", "variant"])["metric"].transform("nunique") == len(TAILS)
+    rows = newest(require(rows[whole], "distributions of latencies"))
     one_of(rows, "model", "precision", "batch_size", "threads")
-    table = rows.assign(variant=_labels(rows)).pivot_table(index="variant", columns="metric", values="value") * 1e3
-    table = table.dropna().sort_values("latency", ascending=False)
-    dense = rows.assign(variant=_labels(rows)).groupby("variant")["backend"].first() == "dense"
+    table = rows.pivot(index="variant", columns="metric", values="value") * 1e3
+    table = table.sort_values("latency", ascending=False)
+    dense = rows.groupby("variant")["backend"].first() == "dense"
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(table)))
     for place, (variant, times) in enumerate(table.iterrows()):
         colour = DENSE if dense[variant] else _SPARSE[0]
