@@ -62,6 +62,7 @@ def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
             annot_kws={"fontsize": 7 if table.shape[1] * len(blocks) <= 16 else 5.5},
         )  # fmt: skip
         axes.set(title=f"blocks of {block}×{block}" if block else NO_BLOCKS, xlabel="sparsity", ylabel="")
+        axes.tick_params(axis="x", rotation=90)
         axes.tick_params(axis="y", rotation=0)
     panels[0, 0].set_ylabel("layer, out×in")
     figure.suptitle(f"speedup of {backend!r} over dense: above 1 purple, below 1 orange", fontsize=9)
@@ -110,8 +111,11 @@ def linear_speedup(
             of_shape = rows[rows["model"] == shape]
             cell = of_shape[(of_shape["backend"] == backend) & of_shape["block_size"].notna()]
             for block in block_sizes(cell):
-                line = cell[cell["block_size"] == block].groupby("sparsity")["speedup"].median()
+                of_block = cell[cell["block_size"] == block].groupby("sparsity")
+                line = of_block["speedup"].median()
                 draw_line(axes, line.index, line, block)
+                low, high = of_block["speedup_low"].median(), of_block["speedup_high"].median()
+                draw_band(axes, line.index, low, high, block)
                 edge = break_even(list(line.index), list(line), log=True)
                 if edge is not None and edge > line.index.min():
                     axes.plot([edge], [1], marker="|", markersize=10, color=COLOURS[block], zorder=4)
