@@ -107,6 +107,29 @@ def test_result_and_gradients_equal_dense(
 
 
 @every_backend
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_second_derivatives_and_forward_mode_equal_dense(backend, activation):
+    linear = linear_with_zero_blocks(20, 12, 8, 0.5)
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend, activation=activation)
+    x, direction = torch.randn(5, 12, requires_grad=True), torch.randn(5, 12)
+
+    def second(layer):
+        wanted = [x, linear.bias]
+        first = torch.autograd.grad(layer(x).square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), wanted)
+
+    def forward(layer):
+        y, along_x = torch.func.jvp(layer, (x.detach(),), (direction,))
+        return y, along_x, torch.func.jacfwd(torch.func.jacfwd(lambda v: layer(v).sum()))(x.detach()[0])
+
+    def dense(v):
+        return ACTIVATIONS[activation](linear(v))
+
+    for derivative in (second, forward):
+        torch.testing.assert_close(derivative(sparse), derivative(dense), rtol=1e-4, atol=1e-4)
+
+
+@every_backend
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_empty_block_rows_give_the_bias(backend, activation):
     linear = linear_with_zero_blocks(24, 16, 8, 0)

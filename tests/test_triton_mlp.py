@@ -362,6 +362,8 @@ def test_what_keeps_the_module_from_fusing(device, store):
     assert operators(fused, x) == ONE_BY_ONE  # a gradient is asked for: of the biases
     with torch.no_grad():
         assert operators(fused, x) == FUSED
+        along_x = [torch.func.jvp(m, (x,), (x + 1,))[1] for m in (fused, plain.eval())]
+        torch.testing.assert_close(*along_x, rtol=1e-5, atol=1e-4)
         fused.min_tokens = 21
         assert operators(fused, x) == ONE_BY_ONE
         fused.min_tokens = 20

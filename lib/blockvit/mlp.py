@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kernels.registry import forward_mode
 from .kernels.triton.packing import Packed
 from .linear import BlockSparseLinear
 from .targets import replace_modules
@@ -25,7 +26,7 @@ class BlockSparseMLP(nn.Sequential):
 
     - both layers are on the ``"triton"`` backend, in one dtype and block size,
     - nothing between them does anything but one ``nn.GELU``; an ``nn.Dropout`` does while it is in training,
-    - no gradient is asked for: hidden activations, which it would be made from, are not kept,
+    - no derivative is asked for: hidden activations, which it would be made from, are not kept,
     - no child that would not be called has forward hooks,
     - there are at least ``min_tokens`` tokens: with fewer, parts of the GPU would have nothing to do.
 
@@ -108,6 +109,7 @@ class BlockSparseMLP(nn.Sequential):
             first._scheduled
             and second._scheduled
             and not (trained and torch.is_grad_enabled())
+            and not forward_mode()
             and all(_may_be_skipped(m) for m in pattern.skipped)
             and (x.dtype == first.values.dtype or torch.is_autocast_enabled(x.device.type))  # which layers cast under
             and x.device == first.values.device

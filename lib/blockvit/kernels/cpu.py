@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..bsr import BSRMatrix, dense_from_bsr
 from . import build
-from .registry import Backend, constant_in_graphs, register
+from .registry import Backend, constant_in_graphs, dense_linear, forward_mode, register
 
 _CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -75,7 +75,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     # kept, and the gradient goes through the dense weight: a second, transposed packing would double the memory.
     x, weight, crow, col, bias = ctx.saved_tensors
     if ctx.activation:
-        before = torch.ops.blockvit.cpu_linear_no_grad(x, weight, crow, col, bias, 0)
+        before = torch.ops.blockvit.cpu_linear(x, weight, crow, col, bias, 0)  # with gradients: for second derivatives
         approximate = "none" if ctx.activation == _CODES["gelu"] else "tanh"
         grad = torch.ops.aten.gelu_backward(grad, before, approximate=approximate)
     grad_x = grad_bias = None
@@ -161,6 +161,10 @@ class CPU(Backend):
     @staticmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
+        if forward_mode():
+            crow, col = packed["crow"], packed["col"]
+            rows = (crow.shape[0] - 1) * _block_size(packed["weight"])
+            return dense_linear(x, crow, col, unpack(packed["weight"], crow), rows, bias, activation)
         operator = torch.ops.blockvit.cpu_linear.default
         # Autograd registered from Python costs 9 microseconds a call, as much as a small layer takes at batch size 1,
         # also where no gradient is asked for. A traced graph leaves it out by itself.

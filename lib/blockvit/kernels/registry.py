@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..bsr import BlockPattern, BSRMatrix, block_view
+from ..bsr import BlockPattern, BSRMatrix, block_view, dense_from_bsr
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
@@ -121,6 +122,26 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def forward_mode() -> bool:
+    """Whether a derivative is being taken in forward mode (``torch.func.jvp``, ``jacfwd``, ``hessian``).
+
+    An operator with autograd registered from Python, or without any, would answer it with zeros and without a word, so
+    a backend made of such takes ``dense_linear`` then.
+    """
+    return forward_ad._current_level >= 0
+
+
+def dense_linear(
+    x: Tensor, crow: Tensor, col: Tensor, values: Tensor, rows: int, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """``Backend.linear`` in PyTorch's own operators, differentiable in every way; ``rows`` is the padded number.
+
+    Makes the dense weight in each call: for what is asked for rarely.
+    """
+    b = values.shape[1]
+    return ACTIVATIONS[activation](F.linear(x, dense_from_bsr(crow, col, values, (rows // b, x.shape[1] // b)), bias))
 
 
 _BACKENDS: dict[str, type[Backend]] = {}

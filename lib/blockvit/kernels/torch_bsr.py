@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bsr import BSRMatrix, dense_from_bsr
-from .registry import ACTIVATIONS, Backend, register
+from .registry import ACTIVATIONS, Backend, dense_linear, forward_mode, register
 
 
 def triton_limits(kernels: str, dtype: torch.dtype, block_size: int) -> str | None:
@@ -115,5 +115,8 @@ class TorchBSR(Backend):
     @staticmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
-        y = _linear(x, packed["crow"], packed["col"], packed["values"], packed["rows"].shape[0], bias)
+        weight = packed["crow"], packed["col"], packed["values"], packed["rows"].shape[0]
+        if forward_mode():
+            return dense_linear(x, *weight, bias, activation)
+        y = _linear(x, *weight, bias)
         return ACTIVATIONS[activation](y)
