@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
+from blockvit import linear as linear_module
 from blockvit.bsr import block_view
 from blockvit.kernels import Backend, register, registry, resolve
 
@@ -303,6 +305,28 @@ def test_deepcopy_is_independent(backend):
             if tensor.is_floating_point():
                 tensor.zero_()
     assert torch.equal(sparse(x), expected)
+
+
+@every_backend
+def test_unpickled_in_another_process_it_is_packed_anew_and_a_copy_is_not(backend, monkeypatch):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)
+    x, pack, packed = torch.randn(3, 12), sparse.backend.pack, []
+    monkeypatch.setattr(sparse.backend, "pack", lambda weight: packed.append(weight) or pack(weight))
+    copy.deepcopy(sparse)
+    assert not packed
+    written = pickle.dumps(sparse)
+    monkeypatch.setattr(linear_module, "_PROCESS", "another")
+    torch.testing.assert_close(pickle.loads(written)(x), sparse(x))
+    assert len(packed) == 1
+
+
+def test_unpickled_where_its_backend_cannot_run_auto_finds_another(monkeypatch):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(32, 64, 16, 1), 16)
+    x, written = torch.randn(3, 64), pickle.dumps(sparse)
+    monkeypatch.setattr(sparse.backend, "refusal", lambda device, dtype, block_size: "not here")
+    other = pickle.loads(written)
+    assert other.backend is not sparse.backend
+    torch.testing.assert_close(other(x), sparse(x))
 
 
 @every_backend

@@ -302,6 +302,32 @@ def test_a_model_compiles_whole_and_exports(dtype, tmp_path):
         torch.testing.assert_close(loaded(x.repeat(2, 1, 1)), expected.repeat(2, 1, 1))
 
 
+def test_a_fresh_process_runs_what_was_pickled_or_exported(tmp_path):
+    """As the workers of a pool do that are not forked."""
+    model = nn.Sequential(layer(masked_weight(128, 64, 16, random_mask(128, 64, 16, 0.5)), 16, activation="gelu"))
+    x = torch.randn(3, 64)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((x, model(x).detach()), tmp_path / "numbers.pt")
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    pickled = """
+        import torch
+        model = torch.load("model.pt", weights_only=False)
+        print(model[0].backend.name)
+    """
+    exported = """
+        import blockvit, torch
+        blockvit.kernels.cpu.load()
+        model = torch.export.load("model.pt2").module()
+    """
+    runs = "\n        x, y = torch.load('numbers.pt')\n        torch.testing.assert_close(model(x), y)\n"
+    assert answer(run_python(pickled + runs, cwd=tmp_path)) == ["cpu"]
+    assert answer(run_python(exported + runs, cwd=tmp_path)) == [""]
+    without_a_compiler = {"CXX": "/nowhere/c++", "BLOCKVIT_CACHE": str(tmp_path)}
+    unable = run_python(pickled, cwd=tmp_path, **without_a_compiler)
+    _, errors = unable.communicate(timeout=300)
+    assert "BackendUnavailableError: backend 'cpu' cannot run" in errors and "could not be built" in errors
+
+
 def test_peak_is_a_rate():
     assert 1e9 < cpu.peak_flops(0.02) < 1e14
 
@@ -324,9 +350,10 @@ TRIES = """
 """
 
 
-def run_python(code, **environment):
+def run_python(code, cwd=None, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

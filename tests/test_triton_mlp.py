@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -385,6 +386,20 @@ def test_what_keeps_the_module_from_fusing(device, store):
         parameter.requires_grad_(False)
     assert operators(fused, x) == FUSED
     assert operators(fused, x.clone().requires_grad_()) == ONE_BY_ONE
+
+
+@every_device
+def test_a_copy_fuses_as_before_and_so_does_what_another_process_pickled(device, store, monkeypatch):
+    fused, x = mlp_of(sequence(device)), torch.randn(20, 40).to(device)
+    fused.min_tokens = 20
+    written = pickle.dumps(fused)
+    with torch.no_grad():
+        assert operators(copy.deepcopy(fused), x) == FUSED
+        monkeypatch.setattr("blockvit.linear._PROCESS", "another")
+        unpickled = pickle.loads(written)
+        unpickled.min_tokens = 20  # which was found anew, as the schedules were
+        assert operators(unpickled, x) == FUSED
+        torch.testing.assert_close(unpickled(x), fused(x))
 
 
 @every_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from .bsr import BSRMatrix
 from .kernels import ACTIVATIONS, Backend, resolve
+
+_PROCESS = uuid.uuid4().hex
+"""Tells this process and its forks from others, which a process id in a file does not."""
 
 
 class BlockSparseLinear(nn.Module):
@@ -82,6 +86,7 @@ class BlockSparseLinear(nn.Module):
         for key, tensor in packed.items():
             self.register_buffer(f"_packed_{key}", tensor, persistent=False)
         self._packed_names = tuple(f"_packed_{key}" for key in packed)
+        self._packed_in = _PROCESS
         self._scheduled = False  # what a BlockSparseMLP made for the blocks that were here before
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
@@ -101,6 +106,13 @@ class BlockSparseLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.bsr.check_indices()
         self._pack()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Unpickled elsewhere: this process may not have the backend's operators loaded, or even be able to run it, and
+        # its CPU may want another order. A copy made in the same process keeps what is packed.
+        if self._resolve(self.values) is not self.backend or state.get("_packed_in") != _PROCESS:
+            self._pack()
 
     @property
     def bsr(self) -> BSRMatrix:

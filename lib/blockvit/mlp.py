@@ -57,6 +57,11 @@ class BlockSparseMLP(nn.Sequential):
         self._schedule()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (pattern := _match(self)) and not (pattern.first._scheduled and pattern.second._scheduled):
+            self._schedule()  # the layers were packed anew
+
     def _schedule(self) -> None:
         """Make what the kernel needs besides the layers' own buffers; waits for the device."""
         for name in _SCHEDULES:
