@@ -90,7 +90,7 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv: pip install uv)
 	@command -v uv >/dev/null || { echo 'error: uv was not found; install it with: pip install uv' >&2; exit 1; }
 	@env -u UV_INDEX -u UV_DEFAULT_INDEX -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS \
-	  uv pip compile --no-config --quiet --universal --python-version 3.11 --extra test --no-annotate \
+	  uv pip compile --no-config --quiet --universal --python-version 3.11 --extra study --extra test --no-annotate \
 	  --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS) pyproject.toml
 
 clean:  ## remove executed notebooks, reports and caches; the environment, downloads and tables stay

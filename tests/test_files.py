@@ -162,3 +162,8 @@ def test_writers_of_one_file_do_not_mix(tmp_path):
         one.write(b"1" * 10)
         other.write(b"2" * 20)
     assert path.read_bytes() == b"1" * 10  # the last to end
+
+
+def test_a_devices_name_becomes_a_file_name():
+    assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert files.slug("AMD EPYC (4 cores)") == "amd-epyc-4-cores"

@@ -1,7 +1,10 @@
 """pyproject.toml, requirements.lock and environment.yml say the same."""
 
 import re
+import subprocess
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = [Requirement(text) for text in PROJECT["dependencies"]]
+STUDY = [Requirement(text) for text in PROJECT["optional-dependencies"]["study"]]
 TESTING = [Requirement(text) for text in PROJECT["optional-dependencies"]["test"]]
 LOCK = (ROOT / "requirements.lock").read_text()
 PINS = [Requirement(line) for line in LOCK.splitlines() if line and not line.lstrip().startswith("#")]
@@ -46,7 +50,7 @@ def pinned(name, environment):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("dependency", [*DEPENDENCIES, *TESTING], ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("dependency", [*DEPENDENCIES, *STUDY, *TESTING], ids=lambda requirement: requirement.name)
 def test_every_dependency_is_pinned_once_and_within_its_range(dependency, python):
     versions = pinned(dependency.name, platform(python))
     assert len(versions) == 1
@@ -76,13 +80,65 @@ def test_lock_pairs_torch_with_the_torchvision_built_for_it():
 
 
 def test_the_study_has_the_tools_it_is_described_with():
-    names = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *TESTING]}
+    names = {canonicalize_name(requirement.name) for requirement in [*DEPENDENCIES, *STUDY, *TESTING]}
     assert names >= {"torch", "torchvision", "jupyterlab", "papermill", "seaborn", "pandas", "nbval"}
+
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+from blockvit import *
+from blockvit import kernels
+if kernels.triton._no_triton() is None:
+    import blockvit.kernels.triton.gradients, blockvit.kernels.triton.mlp
+kernels.tuning.load("a GPU")
+{snippet}
+assert logits.shape == (1, 1000) and not {missing} & {{name.partition(".")[0] for name in sys.modules}}
+"""
+
+
+def installed_with(requirements):
+    """Names of the distributions that are installed for ``requirements``."""
+    found, left = set(), list(requirements)
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            left += [Requirement(text) for text in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:  # for another platform, or left out of this installation
+            continue
+        found.add(name)
+    return found
+
+
+def test_the_library_runs_without_the_packages_of_the_study(tmp_path):
+    """The README's example on a small model, in a process that finds no other package than the dependencies."""
+    library = installed_with(DEPENDENCIES)
+    providers = metadata.packages_distributions().items()
+    missing = {
+        module for module, names in providers if not {canonicalize_name(n) for n in names} & {*library, "blockvit"}
+    }
+    assert missing >= {"pandas", "matplotlib", "yaml", "papermill", "tqdm", "pytest"}
+    snippet = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    small = "torchvision.models.VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=64, mlp_dim=128)"
+    snippet = snippet.replace("torchvision.models.vit_b_16()", small).replace("224", "32")
+    code = ALONE.format(missing=missing, snippet=snippet)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_conda_installs_this_project_held_to_the_lock():
     *conda, last = ENVIRONMENT["dependencies"]
-    assert last == {"pip": ["--constraint requirements.lock", "--editable .[test]"]}
+    assert last == {"pip": ["--constraint requirements.lock", "--editable .[study,test]"]}
     assert "pip" in conda
     assert ENVIRONMENT["name"] == PROJECT["name"]
     assert "conda-forge" in ENVIRONMENT["channels"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -77,6 +78,11 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def slug(device: str) -> str:
+    """A device's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _message(path: Path, error: OSError, size: int | None, written: int, free: int | None) -> str:

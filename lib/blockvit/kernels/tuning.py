@@ -65,9 +65,7 @@ def folder() -> Path:
 
 def path(device_name: str) -> Path:
     """The file of a GPU, which need not exist."""
-    from ..results import slug  # not at the top: it brings pandas, which importing blockvit should not wait for
-
-    return folder() / f"{slug(device_name)}.json"
+    return folder() / f"{files.slug(device_name)}.json"
 
 
 def device_name(device: torch.device) -> str:
