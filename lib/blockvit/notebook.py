@@ -1,32 +1,26 @@
-"""One notebook of the study as a file: its parameters, its execution, what of it is committed, and its HTML.
+"""One notebook of the study as a file: its parameters, its execution, and what of it is committed.
 
-papermill, nbformat and nbconvert take a second or more to import: they are imported where they are used, so that the
-pipeline's ``--help`` and its refusals come at once.
+papermill and nbformat take a second or more to import: they are imported where they are used, so that the pipeline's
+``--help`` and its refusals come at once.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import logging
-import mimetypes
 import os
-import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 if TYPE_CHECKING:
-    from bs4 import BeautifulSoup
     from jupyter_client import AsyncKernelManager
-    from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
 COMPUTED = object()
@@ -306,107 +300,3 @@ def _refuse(text: str, private: Path, where: str) -> None:
             f"{where}: an output names {str(private)!r}, a path of this machine, so nothing was published; "
             "remove the cause of the warning it stands in, or show the path relative to the repository"
         )
-
-
-@dataclass(frozen=True)
-class Section:
-    """An executed notebook as a part of the report: its HTML, and its headings as (level, id, text)."""
-
-    name: str
-    html: str
-    headings: list[tuple[int, str, str]]
-
-
-_CELLS = """
-{%- extends 'classic/base.html.j2' -%}
-{%- block input_group -%}
-{%- if cell.source.strip() -%}
-{%- if 'injected-parameters' in cell.metadata.get('tags', []) -%}
-<details class="code"><summary>parameters of this run</summary>
-{%- else -%}
-<details class="code"><summary>code</summary>
-{%- endif -%}
-{{ super() }}</details>
-{%- endif -%}
-{%- endblock input_group -%}
-"""
-
-
-def sections(copies: Collection[Path], folder: Path, root: Path) -> list[Section]:
-    """Executed notebooks as HTML that holds no script and fetches nothing: images are embedded, code is folded.
-
-    Args:
-        copies: executed notebooks, in the report's order.
-        folder: where the notebooks' own relative links start.
-        root: images outside it are left out.
-    """
-    import nbformat
-
-    names = {path.stem for path in copies}
-    exporter = _exporter()
-    parts = []
-    for path in copies:
-        with quiet():
-            html, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
-        parts.append(_section(path.stem, html, names, folder, root))
-    return parts
-
-
-def _exporter() -> HTMLExporter:
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    kinds = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
-    return HTMLExporter(
-        raw_template=_CELLS,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        exclude_anchor_links=True,
-        config=Config(NbConvertBase={"display_data_priority": kinds}),
-    )
-
-
-def _section(name: str, html: str, names: Collection[str], folder: Path, root: Path) -> Section:
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(html, "html.parser")
-    for tag in soup(["script", "link", "iframe", "object", "embed", "video", "audio"]):
-        tag.decompose()
-    headings = _number_headings(soup, name)
-    _embed_images(soup, folder, root)
-    _redirect_links(soup, names, {text.replace(" ", "-"): anchor for _, anchor, text in headings})
-    return Section(name, str(soup), headings)
-
-
-def _number_headings(soup: BeautifulSoup, name: str) -> list[tuple[int, str, str]]:
-    headings = []
-    for number, tag in enumerate(soup.select(".text_cell h1, .text_cell h2, .text_cell h3"), 1):
-        tag["id"] = f"{name}-{number}"
-        headings.append((int(tag.name[1]), tag["id"], tag.get_text(" ", strip=True)))
-    return headings
-
-
-def _embed_images(soup: BeautifulSoup, folder: Path, root: Path) -> None:
-    """Put image files below ``root`` into the page; nbconvert does so below the notebook's own folder only."""
-    for image in soup.find_all("img"):
-        source = image.get("src", "")
-        if source.startswith("data:"):
-            continue
-        file = (folder / unquote(source)).resolve()
-        if "://" not in source and file.is_relative_to(root) and file.is_file():
-            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            image["src"] = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-            del image["srcset"]
-        else:
-            image.replace_with(f"[image not embedded: {source}]")
-
-
-def _redirect_links(soup: BeautifulSoup, names: Collection[str], anchors: Mapping[str, str]) -> None:
-    """Let links between and inside notebooks lead to their places in the report."""
-    for link in soup.find_all("a", href=True):
-        other = re.fullmatch(r"(?:\./)?([^/#]+)\.ipynb(?:#.*)?", link["href"])
-        if other and other[1] in names:
-            link["href"] = f"#{other[1]}"
-        elif link["href"].startswith("#"):
-            anchor = unquote(link["href"][1:])
-            link["href"] = f"#{anchors.get(anchor, anchor)}"

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fcntl
-import html
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -33,8 +31,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from . import files
-from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed, execute, published, sections
+from . import files, report
+from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed, execute, published
 
 DEFAULT_PROFILE = "laptop"
 CLAIMS = "06_claims"
@@ -158,13 +156,14 @@ def reproduce(
                 copy = build / notebook.path.name
                 execute(notebook, values, copy, environment=_environment(root), on_cell=progress.cell)
         copies = [build / n.path.name for n in notebooks if completed(build / n.path.name)]
-        report = write_report(build / "report.html", copies, chosen, root)
+        title = f"BlockViT · {chosen.name} · {_device(chosen)} · {datetime.now(UTC):%Y-%m-%d}"
+        page = report.write(build / "report.html", copies, title=title, description=chosen.description, root=root)
         if publish:
             _publish([notebook for notebook, _ in steps], build, root)
         if claims:
             refresh_readme(root / "README.md", _readme_sections(root, steps))
-    output.write(f"report: {report}\n")
-    return report
+    output.write(f"report: {page}\n")
+    return page
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -500,62 +499,6 @@ def _section(readme: Path, name: str, text: str) -> tuple[int, int]:
     return first, last
 
 
-_STYLE = """
-body { margin: 0; color: #1b1f24; background: #fff; font: 16px/1.55 system-ui, sans-serif; }
-body { display: grid; grid-template-columns: 17rem minmax(0, 60rem); column-gap: 3rem; }
-nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1.5rem 1rem; box-sizing: border-box;
-      border-right: 1px solid #d8dee4; font-size: .875rem; line-height: 1.35; }
-nav ul { list-style: none; margin: 0; padding-left: .9rem; } nav > ul { padding-left: 0; }
-nav li { margin: .35rem 0; } nav > ul > li { margin-top: .9rem; font-weight: 600; } nav ul ul { font-weight: 400; }
-a { color: #0b5cad; text-decoration: none; } a:hover { text-decoration: underline; }
-main { padding: 1.5rem 1.5rem 6rem 0; } section { border-top: 1px solid #d8dee4; margin-top: 3rem; }
-h1, h2, h3 { line-height: 1.25; } h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; } h3 { font-size: 1.1rem; }
-.text_cell, .output_wrapper { margin: .8rem 0; } .text_cell { max-width: 46rem; } .meta { color: #59636e; }
-img, svg { max-width: 100%; height: auto; } .output_area { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; } th, td { padding: .25rem .7rem; text-align: right; }
-th { border-bottom: 2px solid #d8dee4; } td { border-bottom: 1px solid #eaeef2; font-variant-numeric: tabular-nums; }
-.text_cell th, .text_cell td, .output_markdown th, .output_markdown td { text-align: left; vertical-align: top; }
-pre, code { font: .8125rem/1.45 ui-monospace, monospace; } pre { overflow-x: auto; margin: .3rem 0; }
-.output_stderr pre { color: #6b4b00; } .output_error pre { background: #fff0ee; padding: .6rem; }
-details.code { font-size: .8125rem; color: #59636e; } details.code summary { cursor: pointer; }
-details.code pre { background: #f6f8fa; padding: .6rem .8rem; }
-@media (max-width: 60rem) { body { display: block; } nav { position: static; height: auto; border: 0; }
-                            main { padding: 0 1rem 3rem; } }
-@media print { body { display: block; } nav { position: static; height: auto; } details.code { display: none; } }
-"""
-
-
-def write_report(path: Path, copies: Sequence[Path], profile: Profile, root: Path) -> Path:
-    """Write executed notebooks as one HTML page that stands alone: no script, and its policy forbids any fetch."""
-    from pygments.formatters import HtmlFormatter
-
-    title = f"BlockViT · {profile.name} · {_device(profile)} · {datetime.now(UTC):%Y-%m-%d}"
-    parts = sections(copies, root / "notebooks", root)
-    toc, body = [], []
-    for part, copy in zip(parts, copies, strict=True):
-        own = part.headings[0][2] if part.headings else part.name
-        inner = "".join(f'<li><a href="#{i}">{html.escape(text)}</a></li>' for _, i, text in part.headings[1:])
-        toc.append(f'<li><a href="#{part.name}">{html.escape(own)}</a><ul>{inner}</ul></li>')
-        body.append(f'<section id="{part.name}"><p class="meta">{_origin(copy)}</p>{part.html}</section>')
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}{HtmlFormatter().get_style_defs(".highlight")}</style>
-</head>
-<body>
-<nav><ul>{"".join(toc)}</ul></nav>
-<main><h1>{html.escape(title)}</h1><p class="meta">{html.escape(profile.description)}</p>{"".join(body)}</main>
-</body>
-</html>
-"""
-    files.write(path, page)
-    return path
-
-
 def _device(profile: Profile) -> str:
     if "cuda" in profile.requires:
         import torch
@@ -564,11 +507,6 @@ def _device(profile: Profile) -> str:
     from .results import cpu_name  # imports pandas
 
     return cpu_name()
-
-
-def _origin(copy: Path) -> str:
-    run = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["papermill"]
-    return f"{copy.name}, run at {run['end_time'][:16].replace('T', ' ')} UTC in {run['duration']:.0f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
