@@ -1,5 +1,6 @@
 """pyproject.toml, requirements.lock and environment.yml say the same."""
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -134,6 +135,12 @@ def test_the_library_runs_without_the_packages_of_the_study(tmp_path):
     code = ALONE.format(missing=missing, snippet=snippet)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_every_module():
+    layout = (ROOT / "README.md").read_text().partition("## Layout")[2]
+    modules = {module.name for module in pkgutil.iter_modules([ROOT / "lib" / "blockvit"])}
+    assert {name for name in re.findall(r"`(\w+)`", layout) if name != "TEST_BUDGET_S"} == modules
 
 
 def test_conda_installs_this_project_held_to_the_lock():
