@@ -3,14 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
 from .limits import amdahl
+from .losses import TITLES
 from .results import break_even
 
 AT = 0.9
 """The sparsity at which the post states its speedups."""
+
+
+NO_THIRD_SPLIT = (
+    "There is no third split: the recipe was chosen on the same test pictures, so these accuracies compare models; "
+    "they are no estimate for new digits."
+)
+
+
+def training(
+    top1: pd.DataFrame, masks: str, overheads: pd.DataFrame, *, dataset: str, model: str, step_model: str
+) -> str:
+    """What training showed: accuracy, masks, and what a step costs.
+
+    Args:
+        top1: accuracies in percent of the dense and the masked models, as ``losses.top1`` gives them.
+        masks: what ``masks_text`` says of them; may be empty.
+        overheads: of training steps, as ``results.step_overheads`` gives them; may be empty.
+        dataset: its label.
+        model: what was trained.
+        step_model: whose steps were timed.
+    """
+    told = [accuracy_text(top1, TITLES.get(dataset, dataset), model), masks, step_text(overheads, step_model)]
+    return " ".join(part for part in [*told, NO_THIRD_SPLIT if dataset == "digits" else ""] if part)
+
+
+def accuracy_text(top1: pd.DataFrame, dataset: str, model: str, sparsity: float = AT) -> str:
+    """The dense accuracy, and the best and the worst block size's at ``sparsity``, each the mean over its seeds."""
+    dense = top1[top1["backend"] == "dense"]["value"]
+    masked = top1[(top1["backend"] == "supermask") & (top1["sparsity"] == sparsity)]
+    left = masked.groupby("block_size")["value"].mean()
+    text = "No dense model is trained to its end yet."
+    if len(dense):
+        text = (
+            f"On {dataset}, the dense {model} reached {dense.mean():.1f}% (mean of {len(dense)} "
+            f"seed{'s' * (len(dense) > 1)}, lowest {dense.min():.1f}%)."
+        )
+    if len(left):
+        best, worst = (f"{int(block)}×{int(block)}" for block in (left.idxmax(), left.idxmin()))
+        text += (
+            f" With {sparsity:.0%} of the blocks gone, {left.max():.1f}% was left in blocks of {best} and "
+            f"{left.min():.1f}% in blocks of {worst}."
+        )
+    return text
+
+
+def masks_text(
+    initial: Mapping[str, Any], learnt: Mapping[str, Any], kept: pd.DataFrame, block_size: int, sparsity: float
+) -> str:
+    """How far training moved the masks of a model, boolean arrays by layer; empty without any.
+
+    ``kept`` is the share of blocks ``kept`` in each row of each ``layer``, ``mask`` being ``"before training"`` or
+    ``"learnt"``.
+    """
+    if not learnt:
+        return ""
+    same = sum(int((initial[n] & learnt[n]).sum()) for n in learnt) / sum(int(mask.sum()) for mask in learnt.values())
+    spread = kept.groupby(["mask", "layer"])["kept"].std().groupby("mask").mean()
+    return (
+        f"At {sparsity:.0%} in blocks of {block_size}×{block_size}, training exchanged {1 - same:.0%} of the blocks "
+        f"that a random mask had kept; {same:.0%} of the learnt mask is still the random one. The share of blocks kept "
+        f"varies between rows by {spread['learnt']:.3f} (standard deviation, mean of the layers), "
+        f"{spread['before training']:.3f} before training."
+    )
+
+
+def step_text(overheads: pd.DataFrame, step_model: str) -> str:
+    """How much longer a masked step takes at the most and the fewest tokens or images; empty without masked steps."""
+    size, unit = ("tokens", "tokens") if overheads["tokens"].notna().all() else ("batch_size", "images")
+    cost = overheads.groupby(["backend", size])["overhead"].median()
+    ways = {name: line.droplevel("backend").sort_index() for name, line in cost.groupby("backend")}
+    if "supermask" not in ways:
+        return ""
+    ours, naive = ways["supermask"], ways.get("naive")
+    few, many = ours.index[0], ours.index[-1]
+    text = (
+        f"A masked training step of {step_model} took {ours[many]:.1%} longer than the dense one at {many:.0f} {unit} "
+        f"and {ours[few]:.1%} at {few:.0f} (median of the block sizes)"
+    )
+    if naive is not None:
+        text += f"; masks that are expanded first, {naive.iloc[-1]:.1%} and {naive.iloc[0]:.1%}"
+    through = [f"{1 / (1 + ways[n].iloc[-1]):.1f}× (`{n}`)" for n in ("sparse", "sparse-kept") if n in ways]
+    if through:
+        told = ", ".join(through)
+        text += f". Through block-sparse products a step was {told} as fast as the dense one at {many:.0f} {unit}"
+    return f"{text}."
 
 
 def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
