@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import synthetic_gpu
 
-from blockvit import notebook, pipeline, results
+from blockvit import files, notebook, pipeline, results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
@@ -137,8 +137,8 @@ GPU_FIGURES = {
     | {"vit_speedup_fp32_like_for_like", "vit_speedup_bf16_like_for_like"},
     "06_claims": {"claims"},
     "08_kernels": {"kernel_traffic"}
-    | {f"kernel_mlp_{results.slug(synthetic_gpu.DEVICE)}_{tokens}" for tokens in (50432, 197)}
-    | {f"kernel_roofline_{results.slug(synthetic_gpu.DEVICE)}_{precision}" for precision in ("fp32", "bf16", "tf32")},
+    | {f"kernel_mlp_{files.slug(synthetic_gpu.DEVICE)}_{tokens}" for tokens in (50432, 197)}
+    | {f"kernel_roofline_{files.slug(synthetic_gpu.DEVICE)}_{precision}" for precision in ("fp32", "bf16", "tf32")},
 }
 
 

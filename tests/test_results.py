@@ -28,7 +28,6 @@ from blockvit.results import (
     Store,
     break_even,
     newest,
-    slug,
     speedups,
     step_overheads,
 )
@@ -143,14 +142,6 @@ def test_the_folder_may_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("BLOCKVIT_RESULTS", str(tmp_path / "env"))
     assert Store().root == tmp_path / "env"
     assert Store(tmp_path / "given").root == tmp_path / "given"
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"), ("AMD EPYC 7B13 (4 cores)", "amd-epyc-7b13-4-cores")],
-)
-def test_slug(device, name):
-    assert slug(device) == name
 
 
 # --- tables that are not what they should be -------------------------------------------------------------------------

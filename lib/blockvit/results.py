@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .files import slug
+
 KEYS = [
     "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
     "device",  # the processor's name, with its number of cores if a CPU
@@ -449,11 +451,6 @@ def repository() -> Path:
     raise FileNotFoundError(
         "the study's working copy was not found; run inside the cloned repository or set $BLOCKVIT_HOME to it"
     )
-
-
-def slug(device: str) -> str:
-    """A device's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @cache
