@@ -260,6 +260,21 @@ def test_encoder_in_inference_does_not_bypass_the_masks(target, padded):
         assert (model(x, src_key_padding_mask=padding) - before).abs().max() > 1e-3
 
 
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
+def test_encoder_with_a_subclass_of_attention_does_not_bypass_the_masks():
+    model, x = encoder().layers[0], torch.randn(2, 6, 32)
+    model.self_attn = OwnAttention(32, 4, batch_first=True).eval()
+    with pytest.raises(ValueError, match=r"self_attn\.out_proj: OwnAttention reads its weight and never calls it"):
+        blockvit.sparsify(model, 0.5, 8, targets=("linear1", "out_proj"))
+    blockvit.sparsify(model, 0.5, 8, targets=("linear1", "linear2"))
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_encoder_gives_the_same_outputs(padded, grad):

@@ -213,7 +213,12 @@ def test_fates_of_every_kind():
 
 
 def test_fates_of_a_vision_transformer_name_the_projections():
-    fates = {f.name: f for f in layer_fates(folded_vit(), 16, targets=("mlp", "head"))}
+    model = folded_vit(targets=("mlp", "head"))
+    before, attention = model.state_dict(), nn.MultiheadAttention(32, 4, batch_first=True)
+    model.encoder.layers[0].self_attention = attention
+    fates = {f.name: f for f in layer_fates(model, 16, targets=("mlp", "head"))}
+    assert model.encoder.layers[0].self_attention is attention  # which is a question, and changes nothing
+    assert len(before) == len(model.state_dict())
     layer = "encoder.layers.encoder_layer_0"
     assert fates[f"{layer}.mlp.0"].fate == "converted"
     assert fates["heads.head"].fate == "padded"
@@ -324,6 +329,26 @@ def test_gelu_is_fused_where_it_follows_a_converted_layer():
     model = to_block_sparse(mlp(nn.Linear(8, 8), nn.GELU("tanh"), nn.Linear(8, 8), nn.GELU(), nn.ReLU()), 4)
     assert [m.activation for m in (model[0], model[2])] == ["gelu_tanh", "gelu"]
     assert [type(m) for m in (model[1], model[3], model[4])] == [nn.Identity, nn.Identity, nn.ReLU]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gelu_with_a_hook_on_either_side_is_not_fused(place):
+    model = to_block_sparse(mlp(nn.Linear(8, 8), nn.GELU()), 4, fuse_gelu=False)
+    model[place].register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    torch.testing.assert_close(to_block_sparse(model, 4)(x), expected)
+    assert type(model[1]) is nn.GELU
+
+
+def test_a_backend_that_cannot_run_leaves_the_model_as_it_was():
+    model = vit()
+    for arguments in ({"backend": "torch"}, {"dense_backend": "torch"}):
+        nn.init.zeros_(model.heads.head.weight)
+        with pytest.raises(BackendUnavailableError):
+            to_block_sparse(model.bfloat16(), 16, **arguments)
+        assert type(model.encoder.layers[0].self_attention) is nn.MultiheadAttention
+        assert not [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
 
 
 def test_fusing_can_be_turned_off_and_dense_layers_keep_their_gelu():

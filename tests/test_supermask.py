@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import blockvit
 from blockvit.masks import (
@@ -824,6 +826,17 @@ def test_per_layer_settings_by_mapping_and_function():
     }
 
 
+def test_a_star_stands_for_the_rest_even_if_nothing_is_left():
+    model = sparsify(small_transformer(), {"mlp": 0.75, "*": 0.5}, 4, targets="mlp")
+    assert {layer.sparsity for layer in supermask_layers(model).values()} == {0.75}
+
+
+def test_none_skips_nothing_but_does_not_say_what_to_mask():
+    assert set(supermask_layers(sparsify(small_transformer(), 0.5, 4, targets="mlp", skip=None))) == {*MLPS}
+    with pytest.raises(ValueError, match=r"targets is None; name the layers"):
+        sparsify(small_transformer(), 0.5, 4, targets=None)
+
+
 def test_masks_take_effect_everywhere_and_train():
     model = small_transformer().layers
     x = torch.randn(2, 5, 16)
@@ -876,7 +889,8 @@ def test_bad_block_size(block_size, error):
 @pytest.mark.parametrize("keyword", ["targets", "skip"])
 def test_a_name_that_matches_nothing_lists_the_layers(keyword):
     with pytest.raises(ValueError, match=keyword) as error:
-        sparsify(small_transformer(), 0.5, 4, **{"targets": "mlp", keyword: "mpl"})
+        sparsify(model := small_transformer(), 0.5, 4, **{"targets": "mlp", keyword: "mpl"})
+    assert type(model.layers[0].attention) is nn.MultiheadAttention  # errors leave the model as it was
     assert "'mpl' matches no layer" in str(error.value)
     for name in (*MLPS, *OUT, *QKV, "stem", "head"):
         assert name in str(error.value)
@@ -914,11 +928,96 @@ def test_masking_twice():
         ),
         (lambda name, module: 0.5 if "layers.0" in name else 1.5, "sparsity is 1.5"),
         ({"layers.0.*": 0.5, "mlp": "much"}, "sparsity is 'much'"),
+        ({"mlp": 0.5, "haed": 0.9}, r"sparsity: 'haed' decides for no layer.*\n  layers\.0\.mlp\.0"),
+        ({"mlp": 0.5, "mlp.0": 0.9}, r"sparsity: 'mlp\.0' decides for no layer, because it matches none or an earlier"),
     ],
-    ids=["missing", "function", "mapping"],
+    ids=["missing", "function", "mapping", "key", "hidden key"],
 )
 def test_an_error_in_one_layers_setting_leaves_no_layer_masked(sparsity, message):
     model = small_transformer()
+    before = model.state_dict().keys()
     with pytest.raises((ValueError, TypeError), match=message):
         sparsify(model, sparsity, 4, targets="mlp")
+    assert not supermask_layers(model) and model.state_dict().keys() == before
+
+
+# --- what cannot be exchanged ----------------------------------------------------------------------------------------
+
+
+def swin(**arguments) -> nn.Module:
+    sizes = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": [4, 4]}
+    return torchvision.models.SwinTransformer(**sizes, num_classes=10, **arguments).eval()
+
+
+V2 = {
+    "block": torchvision.models.swin_transformer.SwinTransformerBlockV2,
+    "downsample_layer": torchvision.models.swin_transformer.PatchMergingV2,
+}
+
+
+@pytest.mark.parametrize("version", [{}, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("targets", [("qkv", "proj"), "*", lambda name, module: True], ids=["names", "glob", "any"])
+def test_layers_whose_weights_swin_attention_reads_are_refused(version, targets):
+    model = swin(**version)
+    with pytest.raises(ValueError, match=r"out with skip=.*\n  features\.1\.0\.attn\.qkv: ShiftedWindow.* never calls"):
+        sparsify(model, 0.5, 8, targets=targets)
     assert not supermask_layers(model)
+
+
+@pytest.mark.parametrize("version", [{}, V2], ids=["v1", "v2"])
+def test_what_swin_calls_is_masked_folded_and_converted(version):
+    model, x = swin(**version), torch.randn(2, 3, 32, 32)
+    sparsify(model, 0.5, 8, targets="*", skip=("qkv", "attn.proj"))
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(blockvit.fold(model)(x), expected)
+        blockvit.to_block_sparse(model, 8, dense_backend="gather")  # leaves the attention's layers dense too
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+    fates = {fate.name: fate for fate in blockvit.layer_fates(model, 8)}
+    assert fates["features.1.0.attn.qkv"].fate == "dense" and "never calls it" in fates["features.1.0.attn.qkv"].reason
+    with pytest.raises(ValueError, match=r"features\.1\.1\.attn\.proj: ShiftedWindow"):
+        blockvit.to_block_sparse(model, 8, targets="features.1.1.attn.proj")
+
+
+def spoiled(spoil) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    spoil(model[1])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nn.utils.weight_norm, r"call torch\.nn\.utils\.remove_weight_norm\(layer, 'weight'\) first"),
+        (nn.utils.spectral_norm, r"call torch\.nn\.utils\.remove_spectral_norm\(layer, 'weight'\) first"),
+        (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), r"its bias .*prune\.remove\(layer, 'bias'\) first"),
+        (parametrizations.weight_norm, r"remove_parametrizations\(layer, name\) for each of \['weight'\] first"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.empty(0, 8))), r"shape \(0, 8\), which holds no"),
+        (lambda layer: layer.register_forward_hook(print), r"1 \(Linear\) has hooks, which exchanging it would lose"),
+        (lambda layer: layer.register_full_backward_pre_hook(print), "has hooks"),
+        (lambda layer: setattr(layer, "forward", abs), "has a forward set on the instance"),
+    ],
+    ids=["weight norm", "spectral norm", "pruned", "parametrized", "empty", "hook", "backward hook", "forward"],
+)
+def test_layers_that_exchanging_would_break_are_named_with_the_remedy(spoil, message):
+    for convert in (sparsify, blockvit.to_block_sparse):
+        model = spoiled(spoil)
+        with torch.no_grad():
+            model[0].weight[:4] = 0
+            model[1].weight[:4] = 0
+        with pytest.raises(ValueError, match=message):
+            convert(model, **({"sparsity": 0.5} if convert is sparsify else {}), block_size=4, targets=("0", "1"))
+        assert type(model[0]) is nn.Linear
+        convert(model, block_size=4, targets="*", skip="1")
+        assert type(model[0]) is not nn.Linear
+
+
+def test_hooks_on_a_masked_layer_keep_it_from_being_folded():
+    model = sparsify(spoiled(lambda layer: None), 0.5, 4, targets="*")
+    hook = model[1].register_forward_hook(print)
+    with pytest.raises(ValueError, match=r"1 \(SupermaskLinear\) has hooks"):
+        blockvit.fold(model)
+    assert len(supermask_layers(model)) == 2
+    hook.remove()
+    blockvit.fold(model)

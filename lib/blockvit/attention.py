@@ -165,13 +165,48 @@ def rename_packed_projection(
             state_dict[f"{prefix}{part}_proj.weight"] = state_dict.pop(f"{prefix}{part}_proj_weight")
 
 
+def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` by name, as they would be after ``expose_projections``; ``model`` is left as it is."""
+    _check_not_attention(model)
+    made: dict[int, MultiheadAttention] = {}
+    modules: dict[str, nn.Module] = {}
+    within = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if within is not None and name.startswith(within):
+            continue
+        if type(module) is nn.MultiheadAttention:
+            within = f"{name}."
+            if id(module) not in made:
+                made[id(module)] = MultiheadAttention.from_torch(module)
+            modules.update(made[id(module)].named_modules(prefix=name))
+        else:
+            modules[name] = module
+    return modules
+
+
 def expose_projections(model: nn.Module) -> nn.Module:
-    """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs."""
+    """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs.
+
+    Subclasses stay as they are, because they may compute otherwise. PyTorch's fused inference paths, which read the
+    weights of a whole ``nn.TransformerEncoderLayer`` without calling its modules, are turned off.
+
+    Raises:
+        ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has hooks.
+        NotImplementedError: one was made with ``add_bias_kv`` or ``add_zero_attn``.
+    """
+    _check_not_attention(model)
     found = [name for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention]
-    if "" in found:
-        raise ValueError("the model is itself an nn.MultiheadAttention; use MultiheadAttention.from_torch on it")
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):  # its fused path for padded batches asks for in_proj_weight
             module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Nothing but the fused path reads this. With a subclass of nn.MultiheadAttention it would be taken still,
+            # past masks on linear1 and linear2.
+            module.activation_relu_or_gelu = 0
     return model
+
+
+def _check_not_attention(model: nn.Module) -> None:
+    if type(model) is nn.MultiheadAttention:
+        raise ValueError("the model is itself an nn.MultiheadAttention; use MultiheadAttention.from_torch on it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from .attention import expose_projections
+from .attention import expose_projections, exposed_modules
 from .bsr import check_block_size, zero_blocks
 from .kernels import cpu, resolve
 from .linear import BlockSparseLinear
@@ -17,7 +18,7 @@ from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
 from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
 from .supermask import SupermaskLinear, supermask_layers
-from .targets import Targets, matching, replace_modules
+from .targets import Targets, check_not_hooked, is_hooked, matching, obstacles, replace_modules
 
 
 @torch.no_grad()
@@ -77,27 +78,47 @@ class LayerFate:
 
 
 def layer_fates(
-    model: nn.Module, block_size: int, *, targets: Targets | None = None, skip: Targets = (), min_sparsity: float = 0.0
+    model: nn.Module,
+    block_size: int,
+    *,
+    targets: Targets | None = None,
+    skip: Targets | None = (),
+    min_sparsity: float = 0.0,
 ) -> list[LayerFate]:
     """What ``to_block_sparse`` would do with each linear and convolution of ``model``; takes the same arguments.
 
-    Attention projections are made modules first, so that they have names (outputs do not change).
+    Attention projections are listed as the modules that they would become. ``model`` is left as it is.
     """
-    block_size = check_block_size(block_size)
+    return _fates(model, exposed_modules(model), check_block_size(block_size), targets, skip, min_sparsity)
+
+
+_LINEAR = nn.Linear, BlockSparseLinear
+
+
+def _fates(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    block_size: int,
+    targets: Targets | None,
+    skip: Targets | None,
+    min_sparsity: float,
+) -> list[LayerFate]:
     if supermask_layers(model):
         raise ValueError("the model still has supermask layers; call blockvit.fold(model) before converting it")
-    expose_projections(model)
-    chosen = None if targets is None else matching(model, targets, skip, types=(nn.Linear,))
-    if targets is None and skip != ():
-        chosen = matching(model, lambda name, module: True, skip, types=(nn.Linear,))
+    hindered = obstacles(modules, _LINEAR)
+    chosen = None
+    if targets is not None or (skip is not None and skip != ()):
+        chosen = matching(model, targets, skip, types=_LINEAR, modules=modules)
     return [
-        _fate(name, module, block_size, chosen is None or name in chosen, min_sparsity)
-        for name, module in model.named_modules(remove_duplicate=False)
+        _fate(name, module, block_size, hindered.get(name), chosen is None or name in chosen, min_sparsity)
+        for name, module in modules.items()
         if isinstance(module, nn.Linear | nn.Conv2d | BlockSparseLinear)
     ]
 
 
-def _fate(name: str, module: nn.Module, block_size: int, chosen: bool, min_sparsity: float) -> LayerFate:
+def _fate(
+    name: str, module: nn.Module, block_size: int, obstacle: str | None, chosen: bool, min_sparsity: float
+) -> LayerFate:
     kind = type(module).__name__
     if isinstance(module, BlockSparseLinear):
         shape = (module.out_features, module.in_features)
@@ -106,7 +127,9 @@ def _fate(name: str, module: nn.Module, block_size: int, chosen: bool, min_spars
     if isinstance(module, nn.Conv2d):
         zero = float((module.weight == 0).float().mean())
         return LayerFate(name, kind, shape, zero, "dense", "a convolution; BSR kernels are for linear layers")
-    sparsity = float(zero_blocks(module.weight, block_size).float().mean())
+    sparsity = float(zero_blocks(module.weight, block_size).float().mean()) if 0 not in shape else 0.0
+    if obstacle is not None:
+        return LayerFate(name, kind, shape, sparsity, "dense", obstacle)
     if type(module) is not nn.Linear:
         return LayerFate(name, kind, shape, sparsity, "dense", "a subclass of nn.Linear, which may compute otherwise")
     if not chosen:
@@ -129,7 +152,7 @@ def to_block_sparse(
     backend: str = "auto",
     *,
     targets: Targets | None = None,
-    skip: Targets = (),
+    skip: Targets | None = (),
     min_sparsity: float = 0.0,
     fuse_gelu: bool = True,
     fuse_mlp: bool | str = "auto",
@@ -142,7 +165,7 @@ def to_block_sparse(
         block_size: edge length of the blocks; need not divide the layers' sizes, nor be the one trained with.
         backend: ``"auto"`` or a registered backend's name.
         targets: which layers to look at, in the language of ``sparsify``; None means every ``nn.Linear``.
-        skip: layers to leave dense, in the same language.
+        skip: layers to leave dense, in the same language. None: none.
         min_sparsity: leave layers dense whose fraction of zero blocks is below this.
         fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it.
         fuse_mlp: make a ``BlockSparseMLP``, which can run as one kernel, of each ``nn.Sequential`` that begins with two
@@ -156,11 +179,13 @@ def to_block_sparse(
 
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
-            fate), a mask is not folded yet, or a target matches nothing.
+            fate), a mask is not folded yet, a target matches nothing or names a layer that cannot be exchanged (see
+            ``sparsify``), or a layer to be exchanged has hooks. The model is then as it was.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
     check_fuse(fuse_mlp)
-    fates = layer_fates(model, block_size, targets=targets, skip=skip, min_sparsity=min_sparsity)
+    modules = exposed_modules(model)
+    fates = _fates(model, modules, check_block_size(block_size), targets, skip, min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
         listing = "\n".join(f"  {f.name} {f.shape}: {f.reason}" for f in fates)
@@ -172,9 +197,15 @@ def to_block_sparse(
     def convert(linear: nn.Linear) -> BlockSparseLinear:
         return BlockSparseLinear.from_dense(linear, block_size, backend=backend)
 
-    replace_modules(model, dict.fromkeys(converts, convert))
+    for name in converts:  # all that can be refused is, before the first layer is exchanged
+        weight = modules[name].weight
+        resolve(backend, weight.device, weight.dtype, block_size)
+    replacements = dict.fromkeys(converts, convert)
     if dense_backend is not None:
-        _place_dense(model, dense_backend)
+        replacements |= _place_dense({n: m for n, m in modules.items() if n not in converts}, dense_backend)
+    check_not_hooked({name: modules[name] for name in replacements})
+    expose_projections(model)
+    replace_modules(model, replacements)
     if fuse_gelu:
         _fuse_gelu(model)
     return fuse_mlps(model, fuse_mlp)
@@ -184,7 +215,9 @@ DENSE_BLOCK_SIZE = 32
 """Of layers without zero blocks: wide enough for every panel of outputs, and 1000 classes are padded to 1024 only."""
 
 
-def _place_dense(model: nn.Module, backend: str) -> None:
+def _place_dense(modules: Mapping[str, nn.Module], backend: str) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is to be made of which of the dense layers among ``modules``."""
+
     def chosen(layer: nn.Module) -> bool:
         weight = layer.weight
         if backend != "auto":
@@ -201,20 +234,22 @@ def _place_dense(model: nn.Module, backend: str) -> None:
         make = BlockSparseLinear.from_dense if isinstance(layer, nn.Linear) else PatchEmbedding.from_conv
         return make(layer, DENSE_BLOCK_SIZE, backend=name)
 
-    layers = model.named_modules(remove_duplicate=False)
-    able = {name: m for name, m in layers if name and (type(m) is nn.Linear or is_patch_embedding(m))}
-    replace_modules(model, dict.fromkeys([name for name, layer in able.items() if chosen(layer)], convert))
+    hindered = obstacles(modules, (nn.Linear, nn.Conv2d))
+    layers = {name: module for name, module in modules.items() if name and name not in hindered}
+    able = {n: m for n, m in layers.items() if (type(m) is nn.Linear or is_patch_embedding(m)) and not is_hooked(m)}
+    return dict.fromkeys([name for name, layer in able.items() if chosen(layer)], convert)
 
 
 def _fuse_gelu(model: nn.Module) -> None:
     # A layer that stands in several places is followed by the GELU in one of them only. And a subclass of
-    # nn.Sequential with its own forward may do anything between two children.
+    # nn.Sequential with its own forward may do anything between two children. Hooks are owed the values in between.
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    for sequence in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
+    plain = [m for m in model.modules() if type(m).forward is nn.Sequential.forward and "forward" not in vars(m)]
+    for sequence in plain:
         children = list(sequence._modules.items())  # not named_children(), which names a shared child once
         for (_, layer), (name, follower) in pairwise(children):
             fusable = isinstance(layer, BlockSparseLinear) and layer.activation is None and places[id(layer)] == 1
-            if fusable and type(follower) is nn.GELU:
+            if fusable and type(follower) is nn.GELU and not is_hooked(layer) and not is_hooked(follower):
                 layer.activation = GELU[follower.approximate]
                 setattr(sequence, name, nn.Identity())
 

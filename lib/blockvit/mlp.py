@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .kernels.registry import forward_mode
 from .kernels.triton.packing import Packed
 from .linear import BlockSparseLinear
-from .targets import replace_modules
+from .targets import is_hooked, replace_modules
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 """Activations of ``BlockSparseLinear`` by the ``approximate`` of an ``nn.GELU``."""
@@ -209,8 +209,8 @@ def fuse_mlps(model: nn.Module, fuse: bool | str = "auto") -> nn.Module:
         if isinstance(module, BlockSparseMLP) or type(module).forward is not nn.Sequential.forward:
             return False
         pattern = _match(module)
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        return pattern is not None and not hooked and (fuse is True or _refusal(pattern.first, pattern.second) is None)
+        able = pattern is not None and not is_hooked(module)
+        return able and (fuse is True or _refusal(pattern.first, pattern.second) is None)
 
     def convert(sequence: nn.Sequential) -> BlockSparseMLP:
         fused = BlockSparseMLP(OrderedDict(sequence._modules))

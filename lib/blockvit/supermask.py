@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import expose_projections
+from .attention import expose_projections, exposed_modules
 from .bsr import check_block_size
 from .masks import (
     block_means,
@@ -32,7 +32,7 @@ from .masks import (
     num_kept,
     soft_top_k,
 )
-from .targets import Targets, lookup, matching, replace_modules
+from .targets import Targets, check_not_hooked, matching, per_layer, replace_modules
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")
 """What the blog post masks in a ViT: both MLP layers, the attention's output projection, the classification head."""
@@ -303,7 +303,7 @@ def sparsify(
     block_size: int | Mapping[str, int] | Callable[[str, nn.Module], int] = 32,
     *,
     targets: Targets = BLOG_TARGETS,
-    skip: Targets = (),
+    skip: Targets | None = (),
     method: str = "supermask",
     scores: str = "kaiming",
     train_scores: bool = True,
@@ -316,13 +316,13 @@ def sparsify(
     Args:
         model: any module that holds ``nn.Linear`` or ``nn.Conv2d`` layers.
         sparsity: fraction of blocks to drop, in [0, 1); or one for each layer, as a mapping from target to value
-            (``{"mlp": 0.9, "out_proj": 0.8}``, first match wins) or as ``f(name, module)``.
+            (``{"mlp": 0.9, "out_proj": 0.8}``, first match wins, ``"*"`` for the rest) or as ``f(name, module)``.
         block_size: edge length of the blocks; or one for each layer, as above.
         targets: which layers. Strings match a module's name, one or several neighbouring parts of it between dots
             (``"mlp"`` and ``"encoder_layer_0.mlp"`` match ``encoder.layers.encoder_layer_0.mlp.3``), or as a glob
             (``"*.mlp.0"``); or a predicate ``(name, module) -> bool``. Attention's projections are called
             ``"qkv"`` and ``"out_proj"``.
-        skip: layers to leave alone, in the same language, e.g. ``("encoder_layer_0", "head")``.
+        skip: layers to leave alone, in the same language, e.g. ``("encoder_layer_0", "head")``. None: none.
         method: what decides which blocks stay, and what learns: one of ``METHODS``.
         scores: how learned scores start. ``"kaiming"``: at random, as the reference implementation draws them (Kaiming
             uniform, a = sqrt 5). ``"magnitude"``: the norms of the weight's blocks, shifted and scaled to the mean and
@@ -331,30 +331,36 @@ def sparsify(
         train_scores: False keeps the masks that the scores choose at the start: a control for what learning them gains.
 
     Raises:
-        ValueError: sparsity outside [0, 1), block size < 1, a target or skip that matches nothing (the message lists
-            the layers there are), a layer that already has a mask, an unknown ``method`` or ``scores``, or settings of
-            scores for a method that has none.
+        ValueError: sparsity outside [0, 1), block size < 1, a target, skip or key of a mapping that matches nothing
+            (the message lists the layers there are), a layer that already has a mask, an unknown ``method`` or
+            ``scores``, or settings of scores for a method that has none. Also a layer that cannot be exchanged: its
+            weight is read by a module that never calls it (torchvision's Swin attention, subclasses of
+            ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds nothing, or has hooks.
+            The model is then as it was.
         TypeError: a block size that is not an integer.
     """
     for value, check in ((sparsity, check_sparsity), (block_size, check_block_size)):
         if not isinstance(value, Mapping) and not callable(value):
             check(value)
     _check_scores_setting(method, scores, train_scores)
-    expose_projections(model)
-    chosen = matching(model, targets, skip, types=tuple(MASKED_TYPES))
+    if targets is None:
+        raise ValueError('targets is None; name the layers to mask, e.g. targets=("mlp", "head"), or "*" for all')
+    # Everything is looked up before the first layer is exchanged, so that an error leaves the model as it was.
+    chosen = matching(model, targets, skip, types=tuple(MASKED_TYPES), modules=exposed_modules(model))
     for name, module in chosen.items():
         if isinstance(module, _Supermask):
             raise ValueError(
                 f"{name} already has a supermask ({module}); fold the model first, or start from a new one"
             )
 
-    settings = {  # all looked up before the first layer is exchanged, so that an error leaves none half done
-        name: {
-            "sparsity": check_sparsity(lookup(sparsity, name, module, what="sparsity")),
-            "block_size": check_block_size(lookup(block_size, name, module, what="block_size")),
-        }
-        for name, module in chosen.items()
+    check_not_hooked(chosen)
+    sparsities = per_layer(sparsity, chosen, what="sparsity")
+    block_sizes = per_layer(block_size, chosen, what="block_size")
+    settings = {
+        name: {"sparsity": check_sparsity(sparsities[name]), "block_size": check_block_size(block_sizes[name])}
+        for name in chosen
     }
+    expose_projections(model)
 
     def mask(name: str, module: nn.Module) -> nn.Module:
         masked = MASKED_TYPES[type(module)].from_dense(module, method=method, scores=scores, **settings[name])

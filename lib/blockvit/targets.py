@@ -19,27 +19,101 @@ def name_matches(name: str, target: str) -> bool:
 
 
 def matching(
-    model: nn.Module, targets: Targets, skip: Targets = (), *, types: tuple[type[nn.Module], ...]
+    model: nn.Module,
+    targets: Targets | None,
+    skip: Targets | None = (),
+    *,
+    types: tuple[type[nn.Module], ...],
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
     """The layers of ``model`` of one of ``types`` that ``targets`` name and ``skip`` does not, by name, in order.
 
     A layer counts if its type is exactly one of ``types`` or a subclass made by this library; the model itself does
-    not. Strings that match no layer raise ``ValueError`` with the list of layers.
+    not. None for ``targets`` means every layer that can be exchanged. ``modules``: what stands for those of ``model``.
+
+    Raises:
+        ValueError: a string that matches no layer, nothing left (the message lists the layers), or a target that names
+            a layer which cannot be exchanged (see ``obstacles``).
     """
-    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_a(module, types)}
+    modules = dict(model.named_modules(remove_duplicate=False)) if modules is None else modules
+    hindered = obstacles(modules, types)
+    layers = {name: module for name, module in modules.items() if _is_a(module, types) or name in hindered}
     if not layers or "" in layers:
         raise ValueError(
             f"{type(model).__name__} holds no layers of type {' or '.join(t.__name__ for t in types)} that could be "
             "exchanged; pass the model that contains them (a single layer can be wrapped in nn.Sequential)"
         )
-    chosen = _named_by(targets, layers, "targets")
-    skipped = _named_by(skip, layers, "skip") if skip != () else {}
+    if targets is None:
+        chosen = {name: module for name, module in layers.items() if name not in hindered}
+    else:
+        chosen = _named_by(targets, layers, "targets")
+    skipped = {} if skip is None or skip == () else _named_by(skip, layers, "skip")
     left = {name: module for name, module in chosen.items() if name not in skipped}
     if not left:
         raise ValueError(
             f"targets={targets!r} without skip={skip!r} match no layer; the layers are:\n{_listing(layers)}"
         )
+    if named := [f"  {name}: {why}" for name, why in hindered.items() if name in left]:
+        raise ValueError(
+            "layers among the targets cannot be exchanged; leave them out with skip=, or mend what is said of each:\n"
+            + "\n".join(named)
+        )
     return left
+
+
+def obstacles(modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]) -> dict[str, str]:
+    """Why layers of ``types`` among ``modules`` cannot be exchanged, by name; of those with an obstacle only."""
+    found = {name: _obstacle(name, module, modules) for name, module in modules.items() if isinstance(module, types)}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    parent_name, _, child_name = name.rpartition(".")
+    parent = modules.get(parent_name)
+    if parent is not layer and child_name in _children_read_by(parent):
+        return f"{type(parent).__name__} reads its weight and never calls it, so what stood there would be ignored"
+    if hasattr(layer, "parametrizations"):
+        return (
+            "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations(layer, name) for each of "
+            f"{list(layer.parametrizations)} first"
+        )
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    for tensor in ("weight", "bias"):
+        if tensor not in layer._parameters:
+            return f"its {tensor} is no parameter but computed; {_remedy(layer, tensor)} first"
+    if 0 in layer.weight.shape:
+        return f"its weight has shape {tuple(layer.weight.shape)}, which holds no blocks"
+    return None
+
+
+_READING_FORWARDS = {
+    f"torchvision.models.{name}.forward": ("qkv", "proj")
+    for name in (
+        "swin_transformer.ShiftedWindowAttention",
+        "swin_transformer.ShiftedWindowAttentionV2",
+        "video.swin_transformer.ShiftedWindowAttention3d",
+    )
+}
+
+
+def _children_read_by(module: nn.Module | None) -> tuple[str, ...]:
+    """The children of ``module`` whose weights it reads instead of calling them, as far as it is known."""
+    if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been exchanged for one that calls it
+        return ("out_proj",)
+    forward = getattr(type(module), "forward", None)
+    return _READING_FORWARDS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}", ())
+
+
+def _remedy(layer: nn.Module, tensor: str) -> str:
+    """What takes off what computes a layer's tensor from others by a hook."""
+    if hasattr(layer, f"{tensor}_g"):
+        return f"call torch.nn.utils.remove_weight_norm(layer, {tensor!r})"
+    if hasattr(layer, f"{tensor}_mask"):
+        return f"call torch.nn.utils.prune.remove(layer, {tensor!r})"
+    if hasattr(layer, f"{tensor}_u"):
+        return f"call torch.nn.utils.remove_spectral_norm(layer, {tensor!r})"
+    return "make it an nn.Parameter"
 
 
 def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -60,38 +134,75 @@ def _named_by(targets: Targets, layers: Mapping[str, nn.Module], what: str) -> d
 
 
 def _listing(layers: Mapping[str, nn.Module]) -> str:
-    return "\n".join(f"  {name}  {type(m).__name__}{tuple(m.weight.shape)}" for name, m in layers.items())
+    return "\n".join(f"  {name}  {type(m).__name__}{_shape(m)}" for name, m in layers.items())
 
 
-def lookup(
-    setting: T | Mapping[str, T] | Callable[[str, nn.Module], T], name: str, module: nn.Module, *, what: str
-) -> T:
-    """The value of a per-layer setting for one layer: a constant, a mapping from target to value, or a function."""
-    if isinstance(setting, Mapping):
-        for target, value in setting.items():
-            if name_matches(name, target):
-                return value
-        raise ValueError(f"{what} has no entry for {name}; its keys are {list(setting)}: add one that matches")
-    return setting(name, module) if callable(setting) else setting
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(layer.weight.shape) if hasattr(layer, "weight") else (layer.out_features, layer.in_features)
+
+
+def per_layer(
+    setting: T | Mapping[str, T] | Callable[[str, nn.Module], T], layers: Mapping[str, nn.Module], *, what: str
+) -> dict[str, T]:
+    """The values of a setting for each of ``layers``: a constant, a mapping from target to value, or a function.
+
+    Raises:
+        ValueError: a layer that no key of the mapping matches, or a key that decides for no layer. ``"*"``, for what is
+            left, may be left with nothing.
+    """
+    if not isinstance(setting, Mapping):
+        return {name: setting(name, module) if callable(setting) else setting for name, module in layers.items()}
+    deciding = {name: next((key for key in setting if name_matches(name, key)), None) for name in layers}
+    for name, key in deciding.items():
+        if key is None:
+            raise ValueError(f"{what} has no entry for {name}; its keys are {list(setting)}: add one that matches")
+    if idle := [key for key in setting if key not in deciding.values() and key != "*"]:
+        raise ValueError(
+            f"{what}: {idle[0]!r} decides for no layer, because it matches none or an earlier key does; "
+            f"the layers are:\n{_listing(layers)}"
+        )
+    return {name: setting[key] for name, key in deciding.items()}
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has changed what calling ``module`` does: by hooks, or a ``forward`` of this instance alone."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def check_not_hooked(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` if one of ``modules``, which are to be exchanged, has what would be lost with it."""
+    for name, module in modules.items():
+        if is_hooked(module):
+            what = "a forward set on the instance" if "forward" in vars(module) else "hooks"
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has {what}, which exchanging it would lose; remove that first, "
+                "or leave the layer out with skip="
+            )
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:
     """Exchange submodules in place: each name maps to a function from the old module to the new one.
 
-    A module that stands at several names, itself or through a shared parent, is exchanged once and shared again.
+    A module that stands at several names, itself or through a shared parent, is exchanged once and shared again. All
+    new modules are made before the first is exchanged, so that an error leaves the model as it was.
+
+    Raises:
+        ValueError: the model itself is to be exchanged, or a module that has hooks.
     """
     if "" in replacements:
         raise ValueError(
             f"the model is itself the {type(model).__name__} to be exchanged, which cannot be done in place; "
             "wrap it in nn.Sequential"
         )
-    made: dict[int, tuple[nn.Module, nn.Module]] = {}  # the old module is kept so that its id stays taken
+    old = {name: model.get_submodule(name) for name in replacements}
+    check_not_hooked(old)
+    made: dict[int, nn.Module] = {}
     for name, make in replacements.items():
+        if id(old[name]) not in made:
+            made[id(old[name])] = make(old[name])
+    for name in replacements:
         parent_name, _, child_name = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        old = getattr(parent, child_name)
-        if id(old) not in made:
-            new = make(old)
-            made[id(old)] = (old, new)
-            made[id(new)] = (new, new)  # a shared parent leads here again
-        setattr(parent, child_name, made[id(old)][1])
+        setattr(model.get_submodule(parent_name), child_name, made[id(old[name])])
