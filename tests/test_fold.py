@@ -135,6 +135,34 @@ def test_nan_scores_stop_the_fold_before_any_layer_is_folded():
     assert all(type(layer) is SupermaskLinear for layer in model)
 
 
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_folding_warns_of_masks_that_were_never_applied(compiled):
+    model = sparsify(Reader(), 0.5, 4, targets="*")
+    forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    forward(torch.randn(2, 8))
+    with pytest.warns(UserWarning, match=r"never called, though others were: read\. If .* with skip=") as warned:
+        fold(model)
+    assert warned[0].filename == __file__
+
+
+def test_folding_does_not_warn_where_no_layer_or_every_layer_was_called(recwarn):
+    fold(sparsify(Reader(), 0.5, 4, targets="*"))
+    model = sparsify(nn.Sequential(nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(8, 8)), 0.5, 4, targets="*")
+    torch.export.export(model, (torch.randn(1, 4, 1, 1),))  # to which the note is no obstacle
+    model(torch.randn(1, 4, 1, 1))
+    fold(model)
+    assert not [warning for warning in recwarn if "never called" in str(warning.message)]
+
+
 def test_nothing_to_fold():
     with pytest.raises(ValueError, match=r"Sequential has no supermask layers to fold; call blockvit\.sparsify"):
         fold(nn.Sequential(nn.Linear(4, 4)))

@@ -376,6 +376,16 @@ def test_bias_is_shared_and_trainable_and_a_plain_tensor_is_a_buffer():
     assert not [*frozen.parameters()] and "bias" in frozen.state_dict()
 
 
+def test_reading_the_weight_says_that_there_is_none():
+    layer = BlockSparseLinear.from_dense(nn.Linear(8, 8), 4)
+    assert not hasattr(layer, "weight") and getattr(layer, "weight", None) is None
+    with pytest.raises(AttributeError, match=r"has no dense weight; .* leave the layer out .* with skip="):
+        F.linear(torch.ones(8), layer.weight)
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        layer.wieght  # noqa: B018
+    assert torch.equal(pickle.loads(pickle.dumps(layer)).values, layer.values)
+
+
 def test_padding_is_inside_and_repr_tells():
     sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(10, 20, 16, 1), 16, backend="gather")
     assert (sparse.out_features, sparse.in_features) == (10, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ def fold(model: nn.Module) -> nn.Module:
     The outputs stay the same to the bit, so it is the sparsity in force that is folded (see ``set_sparsity``). Biases
     are shared with the masked layers, weights are new.
 
+    Warns of masked layers that have never been called while others have: something may read their weights, past the
+    masks.
+
     Raises:
-        ValueError: the model has no supermask, or scores are NaN.
+        ValueError: the model has no supermask, scores are NaN, or a masked layer has hooks.
     """
     masked = supermask_layers(model)
     if not masked:
@@ -37,7 +41,21 @@ def fold(model: nn.Module) -> nn.Module:
     for layer in masked.values():
         check_scores(layer.block_scores())
     replace_modules(model, dict.fromkeys(masked, _folded))
+    _warn_of_uncalled(masked)
     return model
+
+
+def _warn_of_uncalled(masked: Mapping[str, nn.Module]) -> None:
+    # No error: a branch that was never taken, as in a model of which only the features were asked for, looks the same.
+    # And a model that has just been loaded has called none.
+    uncalled = [name for name, layer in masked.items() if not layer.was_called]
+    if uncalled and len(uncalled) < len(masked):
+        warnings.warn(
+            f"these masked layers were never called, though others were: {', '.join(uncalled)}. If the model reads "
+            "their weights without calling them, their masks had no effect until now and folding changes the outputs: "
+            "leave them out of blockvit.sparsify with skip=. If they were only not needed, nothing is wrong",
+            stacklevel=4,  # at the call of fold, which no_grad wraps
+        )
 
 
 def _folded(masked: nn.Module) -> nn.Module:

@@ -114,6 +114,14 @@ class BlockSparseLinear(nn.Module):
         if self._resolve(self.values) is not self.backend or state.get("_packed_in") != _PROCESS:
             self._pack()
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # no property: an AttributeError of one would be replaced by nn.Module's
+            raise AttributeError(
+                "BlockSparseLinear has no dense weight; a module that reads it instead of calling the layer cannot "
+                "hold one: leave the layer out of blockvit.to_block_sparse with skip= (bsr.to_dense() makes a copy)"
+            )
+        return super().__getattr__(name)
+
     @property
     def bsr(self) -> BSRMatrix:
         """The weight as a BSR matrix; shares memory with the module's buffers."""

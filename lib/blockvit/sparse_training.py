@@ -182,6 +182,7 @@ class SparseSupermaskLinear(SupermaskLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
+        self.was_called = True
         casts = torch.is_autocast_enabled(x.device.type) and self.weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if casts else self.weight.dtype
         backend = _resolve(self.requested_backend, x.device, dtype, self.block_size, self.sparsity)

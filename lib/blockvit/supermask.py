@@ -85,6 +85,8 @@ class _Supermask:
 
     weight: nn.Parameter
     scores: nn.Parameter | None
+    was_called = False
+    """Whether the layer has ever been called: ``fold`` warns of one whose weight seems to be read by others instead."""
 
     def _init_mask(self, sparsity: float, block_size: int, method: str = "supermask", scores: str = "kaiming") -> None:
         self.sparsity = check_sparsity(sparsity)
@@ -233,6 +235,7 @@ class SupermaskLinear(_Supermask, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
+        self.was_called = True  # written, never asked for here: what compiled code reads, it compiles anew for
         if self._takes_gradient_in_place(x):
             parameters = self.weight, self.scores, self.bias
             mask = self.block_mask()
@@ -290,6 +293,7 @@ class SupermaskConv2d(_Supermask, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H', W')``."""
+        self.was_called = True
         return self._conv_forward(x, self.effective_weight(), self.bias)
 
 
