@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -33,6 +34,10 @@ def model(*, sparsity=0.8, block_size=8, method="supermask", bias=True, dtype=to
 
 def adam(net: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr)  # fast enough that masks change within a few steps
+
+
+def trained_sparse(net: nn.Module, **options) -> nn.Module:
+    return train_sparse(net, adam(net), **options)
 
 
 def batches(count: int, dtype=torch.float32) -> list[torch.Tensor]:
@@ -77,7 +82,7 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 @pytest.mark.parametrize("backend", [*RUNNABLE, "auto"])
 def test_gradients_are_those_of_the_masked_model(backend):
     masked = model()
-    sparse = train_sparse(copy.deepcopy(masked), adam(masked), backend=backend)
+    sparse = trained_sparse(copy.deepcopy(masked), backend=backend)
     (x,) = batches(1)
     assert_same(backward(sparse, x), backward(masked, x), TOLERANCE[torch.float32])
 
@@ -94,7 +99,7 @@ def test_gradients_are_those_of_the_masked_model(backend):
 def test_gradients_of_any_shape_in_double_precision(out_features, in_features, block_size, sparsity, method, bias):
     settings = {"sparsity": sparsity, "block_size": block_size, "method": method, "dtype": torch.float64}
     masked = nn.Sequential(SupermaskLinear(in_features, out_features, bias, **settings))
-    sparse = train_sparse(copy.deepcopy(masked), adam(masked), backend="gather")
+    sparse = trained_sparse(copy.deepcopy(masked), backend="gather")
     x = torch.randn(2, in_features, 3, dtype=torch.float64).transpose(1, 2)
     assert_same(backward(sparse, x), backward(masked, x), TOLERANCE[torch.float64])
 
@@ -128,7 +133,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 
 def test_autocast_computes_as_the_masked_model_does():
     masked = model(block_size=16)
-    sparse = train_sparse(copy.deepcopy(masked), adam(masked))
+    sparse = trained_sparse(copy.deepcopy(masked))
     x = batches(1)[0]
     with torch.autocast("cpu", torch.bfloat16):
         ours, expected = backward(sparse, x), backward(masked, x)
@@ -259,7 +264,7 @@ def test_the_mask_moves_with_the_model():
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_new_sparsity_is_in_force_at_once(share):
     masked = model()
-    sparse = train_sparse(copy.deepcopy(masked), adam(masked), refresh_every=100, backend="gather")
+    sparse = trained_sparse(copy.deepcopy(masked), refresh_every=100, backend="gather")
     for net in (masked, sparse):
         set_sparsity(net, share)
     assert_same(backward(sparse, batches(1)[0]), backward(masked, batches(1)[0]), TOLERANCE[torch.float32])
@@ -299,6 +304,18 @@ def test_an_average_of_the_model_evaluates_as_one_of_the_masked_model():
     masked_average.update_parameters(masked)
     x = batches(1)[0]
     assert torch.equal(average.eval()(x), masked_average.eval()(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copy", "pickle"])
+def test_a_copy_is_a_masked_model_whose_masks_follow_its_scores(copied):
+    net, masked = model(), model()
+    train_sparse(net, adam(net), refresh_every=100)
+    other = copied(net)
+    assert repr(other) == repr(masked) and vars(other[0]).keys() == vars(masked[0]).keys()
+    assert type(net[0]) is SparseSupermaskLinear
+    data = batches(8)
+    assert all(map(torch.equal, train(other, adam(other), data), train(masked, adam(masked), data)))
+    trained_sparse(other)
 
 
 def test_a_layer_in_two_places_is_switched_and_counted_once():
@@ -361,6 +378,8 @@ def test_says_what_is_wrong():
         train_sparse(net, optimizer)
     with pytest.raises(ValueError, match="Linear has no SupermaskLinear; call"):
         train_sparse(nn.Linear(3, 3), optimizer)
+    with pytest.raises(ValueError, match=r"holds neither weight nor scores of 0,.* pass the optimizer that trains"):
+        train_sparse(model(), optimizer)
     with pytest.raises(ValueError, match="method 'spartan', whose kept blocks are weighted"):
         train_sparse(model(method="spartan"), optimizer)
 

@@ -129,11 +129,19 @@ class SparseSupermaskLinear(SupermaskLinear):
     the last refresh. ``refresh`` takes place after every ``refresh_every``-th step of the optimizer, on ``train()``, on
     loading a state dict and when ``set_sparsity`` changes something. So a training that is resumed where ``train()`` is
     called, as ``fit`` does before each epoch, needs no more than the state dict to go on as if it had never stopped.
+
+    A copy, or what is read from a pickle, is a ``SupermaskLinear``: no optimizer's steps are counted for it, so a mask
+    of its own would never be refreshed. Call ``train_sparse`` with the copy's own optimizer.
     """
 
     refresh_every: int
     weight_grad: str
     requested_backend: str
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called for copies and unpickled layers alone, which are no longer of this class; see above.
+        super().__setstate__({name: value for name, value in state.items() if name not in _OPTIONS_AND_STATE})
+        self.__class__ = SupermaskLinear
 
     def start(self, refresh_every: int, weight_grad: str, backend: str) -> None:
         """Take the options of ``train_sparse``, and the mask that the scores choose now."""
@@ -226,7 +234,7 @@ def train_sparse(
 
     Args:
         model: a model after ``sparsify``. ``fold``, state dicts and evaluation see no difference.
-        optimizer: trains the model; its steps are counted.
+        optimizer: trains the model; its steps are counted. A copy of the model needs a call of its own.
         refresh_every: steps of the optimizer for which a mask lasts.
         weight_grad: ``"dense"`` computes the gradient of weight and scores at every block in every step, ``"kept"`` in
             the steps that follow a refresh only, in between at the kept blocks. The scores of dropped blocks then get
@@ -235,7 +243,8 @@ def train_sparse(
         backend: ``"auto"`` or a registered backend's name.
 
     Raises:
-        ValueError: no supermask layer, a layer that ``train_sparse`` has had already, or an option out of range.
+        ValueError: no supermask layer, a layer that ``train_sparse`` has had already, one that ``optimizer`` does not
+            train, or an option out of range.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
     if refresh_every < 1:
@@ -246,12 +255,19 @@ def train_sparse(
     layers = {name: layer for name, layer in masked if isinstance(layer, SupermaskLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SupermaskLinear; call blockvit.sparsify(model) first")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if type(layer) is not SupermaskLinear:
             raise ValueError(f"{name} is a {type(layer).__name__} already; call train_sparse once for each model")
         if layer.method == "spartan":
             raise ValueError(f"{name} has method 'spartan', whose kept blocks are weighted; train it as it is")
         weight = layer.weight
+        learnt = [p for p in (weight, layer.scores) if p is not None and p.requires_grad]
+        if learnt and not any(id(p) in trained for p in learnt):
+            raise ValueError(
+                f"the optimizer holds neither weight nor scores of {name}, so its steps cannot tell when to choose the "
+                "mask anew; pass the optimizer that trains this model (not a copy of it), made after sparsify"
+            )
         resolve(backend, weight.device, weight.dtype, layer.block_size, layer.sparsity)
     for layer in {id(layer): layer for layer in layers.values()}.values():
         # As PyTorch's own lazy and parametrized modules do: hooks, parameters and shared places stay as they are.
