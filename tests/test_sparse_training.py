@@ -155,6 +155,15 @@ def test_outputs_may_be_changed_in_place(backend, shape):
     assert_same(*(backward(net, x) for net in nets), TOLERANCE[torch.float32])
 
 
+def test_functional_transforms_take_the_masked_layers_path():
+    net, (x,) = model(), batches(1)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    gradient = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())
+    expected = gradient(parameters)
+    train_sparse(net, adam(net), backend="gather")
+    torch.testing.assert_close(gradient(parameters), expected)
+
+
 def test_what_was_begun_can_be_ended():
     net, untouched = model(), model()
     optimizer = adam(net)

@@ -317,6 +317,32 @@ def test_a_layer_computes_the_same_with_and_without_gradients(method):
     torch.testing.assert_close(layer(x), without)
 
 
+def small_net(kind: str, method: str) -> nn.Module:
+    net = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) if kind == "linear" else nn.Conv2d(8, 8, 1)
+    return sparsify(nn.Sequential(net).double(), 0.5, 4, targets="*", method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_functional_transforms_give_autograds_gradients(kind, method):
+    net = small_net(kind, method)
+    x = torch.randn(5, 8, *([1, 1] if kind == "convolution" else [])).double()
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    net(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in net.named_parameters()}
+    gradient = torch.func.grad(loss)
+    torch.testing.assert_close(gradient(parameters, x), expected)
+    one_by_one = torch.func.vmap(gradient, (None, 0))(parameters, x.unsqueeze(1))
+    torch.testing.assert_close({name: g.sum(0) for name, g in one_by_one.items()}, expected)
+    torch.testing.assert_close(torch.func.vmap(net)(x.unsqueeze(1)).squeeze(1), net(x))
+    inputs = torch.autograd.functional.jacobian(net, x)
+    torch.testing.assert_close(torch.func.jacrev(net)(x), inputs)
+
+
 def test_a_weight_used_twice_gets_both_gradients():
     layer = SupermaskLinear(32, 32, sparsity=0.5, block_size=8, dtype=torch.float64)
     x = torch.randn(4, 32, dtype=torch.float64)

@@ -174,9 +174,10 @@ def block_means(tensor: Tensor, block_size: int) -> Tensor:
 
 
 class _MultiplyBlocks(torch.autograd.Function):
+    generate_vmap_rule = True  # with setup_context, what torch.func asks for
+
     @staticmethod
     def forward(
-        ctx: Any,
         weight: Tensor,
         scores: Tensor | None,
         factor: Tensor,
@@ -184,11 +185,15 @@ class _MultiplyBlocks(torch.autograd.Function):
         dense_gradient: bool,
         block_size: int,
     ) -> Tensor:
+        return scale_blocks(weight, factor, block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, _, factor, grad_factor, dense_gradient, block_size = inputs
         if grad_factor is None and not dense_gradient:
             grad_factor = factor
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, grad_factor)
         ctx.block_size = block_size
-        return scale_blocks(weight, factor, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,8 +250,16 @@ def gradients_from_(
     return grad, _sum_blocks(product, [grad, weight], block_size, _along_rows(factor, grad, block_size))
 
 
+def inside_functorch() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work, which ``_MaskedLinear`` cannot bear.
+
+    Not in compiled code. There is no public question for it; ``torch.autograd.Function.apply`` asks this one.
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class _MaskedLinear(torch.autograd.Function):
-    """``masked_linear`` of ``x`` ``(tokens, in)``."""
+    """``masked_linear`` of ``x`` ``(tokens, in)``. Changes its gradient in place, so it is not for ``torch.func``."""
 
     @staticmethod
     def forward(

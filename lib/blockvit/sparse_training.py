@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .kernels.registry import constant_in_graphs
-from .masks import gradients_from_, num_kept
+from .masks import gradients_from_, inside_functorch, num_kept
 from .supermask import SupermaskLinear, supermask_layers
 
 WEIGHT_GRADS = ("dense", "kept")
@@ -195,7 +195,7 @@ class SparseSupermaskLinear(SupermaskLinear):
         dtype = torch.get_autocast_dtype(x.device.type) if casts else self.weight.dtype
         backend = _resolve(self.requested_backend, x.device, dtype, self.block_size, self.sparsity)
         fits = x.numel() > 0 and x.shape[-1] == self.in_features and (casts or x.dtype == dtype)
-        if not (self.training and fits) or backend == "dense":
+        if not (self.training and fits) or backend == "dense" or inside_functorch():
             return super().forward(x)  # which says what is wrong with an input that does not fit
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, self.in_features).to(dtype)

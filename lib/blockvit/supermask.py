@@ -27,6 +27,7 @@ from .masks import (
     block_norms,
     check_sparsity,
     highest,
+    inside_functorch,
     masked_linear,
     multiply_blocks,
     num_kept,
@@ -251,6 +252,7 @@ class SupermaskLinear(_Supermask, nn.Linear):
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
+            and not inside_functorch()
         )
 
 
