@@ -376,6 +376,16 @@ def test_bias_is_shared_and_trainable_and_a_plain_tensor_is_a_buffer():
     assert not [*frozen.parameters()] and "bias" in frozen.state_dict()
 
 
+@every_backend
+@pytest.mark.parametrize("shape", [(3, 12), (0, 12)], ids=str)
+def test_an_input_of_another_dtype_is_an_error_that_names_both(backend, shape):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)
+    with pytest.raises(ValueError, match=r"the input is torch\.float16, the weight torch\.float32; use x\.to"):
+        sparse(torch.randn(shape, dtype=torch.float16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse(torch.randn(shape, dtype=torch.float16)).dtype == torch.float32
+
+
 def test_reading_the_weight_says_that_there_is_none():
     layer = BlockSparseLinear.from_dense(nn.Linear(8, 8), 4)
     assert not hasattr(layer, "weight") and getattr(layer, "weight", None) is None

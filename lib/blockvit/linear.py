@@ -135,6 +135,11 @@ class BlockSparseLinear(nn.Module):
             # The packed weight has one dtype; casting it in every call, as autocast would, costs more than it saves.
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.to(self.values.dtype))
+        if x.dtype != (dtype := self._buffers["values"].dtype):
+            raise ValueError(
+                f"the input is {x.dtype}, the weight {dtype}; use x.to({dtype}), or model.to({x.dtype}) to convert "
+                "the model"
+            )
         leading = x.shape[:-1]
         if math.prod(leading) == 0:
             # A product with nothing, so that the result hangs in the autograd graph as a dense layer's does.
