@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 
 import pytest
 import torch
@@ -236,7 +237,8 @@ def test_fates_of_every_kind():
     converted = {name for name, m in model.named_children() if isinstance(m, BlockSparseLinear)}
     assert converted == {name for name, f in fates.items() if f.fate != "dense"} == {"halved", "odd"}
     after = {f.name: f for f in layer_fates(model, 4)}
-    assert after["halved"] == LayerFate("halved", "BlockSparseLinear", (8, 8), 0.5, "converted")
+    backend = model.halved.backend.name
+    assert after["halved"] == LayerFate("halved", "BlockSparseLinear", (8, 8), 0.5, "converted", backend=backend)
     assert after["odd"].fate == "padded"
 
 
@@ -274,6 +276,46 @@ def test_converting_again_converts_what_is_left():
     assert model.heads.head is head
     assert isinstance(model.encoder.layers[0].mlp[0], BlockSparseLinear)
     assert to_block_sparse(model, 16) is model
+
+
+def test_converting_again_takes_the_backend_that_is_named():
+    model, x = folded_vit(), images()
+    with torch.no_grad():
+        expected = to_block_sparse(model, 16, "gather")(x)
+        to_block_sparse(model, 16)
+        assert model.heads.head.backend.name == "gather"  # "auto" is no wish
+        to_block_sparse(model, 16, "dense", targets="head")
+        assert model.heads.head.backend.name == "dense"
+        assert model.encoder.layers[0].mlp[0].backend.name == "gather"
+        with pytest.raises(BackendUnavailableError):
+            to_block_sparse(model, 16, "torch_tuned")
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_converting_again_in_blocks_of_another_size_is_an_error():
+    model = to_block_sparse(folded_vit(), 16, targets="mlp", dense_backend="gather")
+    with pytest.raises(ValueError, match=r"mlp\.0 was converted before, in blocks of 16, and block_size is 8; pass bl"):
+        to_block_sparse(model, 8)
+    assert to_block_sparse(model, 8, skip="mlp") is model
+    model = to_block_sparse(folded_vit(), 16, targets="mlp")
+    to_block_sparse(model, 8, targets="head")
+    assert (model.encoder.layers[0].mlp[0].block_size, model.heads.head.block_size) == (16, 8)
+
+
+def test_what_comes_to_the_dense_backend_by_itself_is_told_once():
+    with pytest.warns(
+        UserWarning, match=r"'dense', which multiplies by the zeros too: .* torch\.float64 on cpu in bl"
+    ) as w:
+        to_block_sparse(folded_vit().double(), 16)
+    assert len(w) == 1 and w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_block_sparse(folded_vit().double(), 16, "dense")
+    if not HAS_KERNEL:
+        return
+    model = to_block_sparse(folded_vit(), 16)
+    with pytest.warns(UserWarning, match=r"'dense', .* torch\.float64"):
+        model.double()
 
 
 def test_nothing_to_convert_lists_every_layer():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from torch import nn
 from .attention import expose_projections, exposed_modules
 from .bsr import check_block_size, zero_blocks
 from .kernels import cpu, resolve
-from .linear import BlockSparseLinear
+from .linear import BlockSparseLinear, dense_warning
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
 from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
@@ -84,7 +84,8 @@ class LayerFate:
     """What conversion does with one layer.
 
     ``sparsity`` is the fraction of its blocks that are all zero; ``fate`` is ``"converted"``, ``"padded"`` (converted,
-    sizes rounded up to multiples of the block size) or ``"dense"``, and ``reason`` says why it stays dense.
+    sizes rounded up to multiples of the block size) or ``"dense"``, and ``reason`` says why it stays dense. ``backend``
+    is what runs a layer that has been converted already; it may be ``"dense"`` too.
     """
 
     name: str
@@ -93,6 +94,7 @@ class LayerFate:
     sparsity: float
     fate: str
     reason: str = ""
+    backend: str = ""
 
 
 def layer_fates(
@@ -107,28 +109,30 @@ def layer_fates(
 
     Attention projections are listed as the modules that they would become. ``model`` is left as it is.
     """
-    return _fates(model, exposed_modules(model), check_block_size(block_size), targets, skip, min_sparsity)
+    modules = exposed_modules(model)
+    return _fates(modules, _chosen(model, modules, targets, skip), check_block_size(block_size), min_sparsity)
 
 
 _LINEAR = nn.Linear, BlockSparseLinear
 
 
-def _fates(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    block_size: int,
-    targets: Targets | None,
-    skip: Targets | None,
-    min_sparsity: float,
-) -> list[LayerFate]:
+def _chosen(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets | None, skip: Targets | None
+) -> Collection[str]:
+    """The names of the layers that ``to_block_sparse`` is asked to look at."""
     if supermask_layers(model):
         raise ValueError("the model still has supermask layers; call blockvit.fold(model) before converting it")
+    if targets is None and (skip is None or skip == ()):  # a model without a linear layer is no error yet
+        return modules
+    return matching(model, targets, skip, types=_LINEAR, modules=modules)
+
+
+def _fates(
+    modules: Mapping[str, nn.Module], chosen: Collection[str], block_size: int, min_sparsity: float
+) -> list[LayerFate]:
     hindered = obstacles(modules, _LINEAR)
-    chosen = None
-    if targets is not None or (skip is not None and skip != ()):
-        chosen = matching(model, targets, skip, types=_LINEAR, modules=modules)
     return [
-        _fate(name, module, block_size, hindered.get(name), chosen is None or name in chosen, min_sparsity)
+        _fate(name, module, block_size, hindered.get(name), name in chosen, min_sparsity)
         for name, module in modules.items()
         if isinstance(module, nn.Linear | nn.Conv2d | BlockSparseLinear)
     ]
@@ -140,7 +144,8 @@ def _fate(
     kind = type(module).__name__
     if isinstance(module, BlockSparseLinear):
         shape = (module.out_features, module.in_features)
-        return LayerFate(name, kind, shape, module.bsr.sparsity, _converted(shape, module.block_size))
+        fate = _converted(shape, module.block_size)
+        return LayerFate(name, kind, shape, module.bsr.sparsity, fate, backend=module.backend.name)
     shape = tuple(module.weight.shape)
     if isinstance(module, nn.Conv2d):
         zero = float((module.weight == 0).float().mean())
@@ -181,7 +186,8 @@ def to_block_sparse(
     Args:
         model: a folded model, or any whose linear weights hold blocks of zeros.
         block_size: edge length of the blocks; need not divide the layers' sizes, nor be the one trained with.
-        backend: ``"auto"`` or a registered backend's name.
+        backend: ``"auto"`` or a registered backend's name. Layers that an earlier call converted go to the backend that
+            is named, too; ``"auto"`` leaves them where they are.
         targets: which layers to look at, in the language of ``sparsify``; None means every ``nn.Linear``.
         skip: layers to leave dense, in the same language. None: none.
         min_sparsity: leave layers dense whose fraction of zero blocks is below this.
@@ -198,12 +204,14 @@ def to_block_sparse(
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
             fate), a mask is not folded yet, a target matches nothing or names a layer that cannot be exchanged (see
-            ``sparsify``), or a layer to be exchanged has hooks. The model is then as it was.
+            ``sparsify``), a layer to be exchanged has hooks, or one was converted before in blocks of another size. The
+            model is then as it was.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
     check_fuse(fuse_mlp)
     modules = exposed_modules(model)
-    fates = _fates(model, modules, check_block_size(block_size), targets, skip, min_sparsity)
+    chosen = _chosen(model, modules, targets, skip)
+    fates = _fates(modules, chosen, check_block_size(block_size), min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
         listing = "\n".join(f"  {f.name} {f.shape}: {f.reason}" for f in fates)
@@ -215,6 +223,7 @@ def to_block_sparse(
     def convert(linear: nn.Linear) -> BlockSparseLinear:
         return BlockSparseLinear.from_dense(linear, block_size, backend=backend)
 
+    before = _converted_before({name: modules[name] for name in modules if name in chosen}, block_size, backend)
     for name in converts:  # all that can be refused is, before the first layer is exchanged
         weight = modules[name].weight
         resolve(backend, weight.device, weight.dtype, block_size)
@@ -224,9 +233,32 @@ def to_block_sparse(
     check_not_hooked({name: modules[name] for name in replacements})
     expose_projections(model)
     replace_modules(model, replacements)
+    if backend != "auto":
+        for layer in before:
+            layer.use_backend(backend)
+    _warn_of_dense([model.get_submodule(name) for name in converts])
     if fuse_gelu:
         _fuse_gelu(model)
     return fuse_mlps(model, fuse_mlp)
+
+
+def _converted_before(modules: Mapping[str, nn.Module], block_size: int, backend: str) -> list[BlockSparseLinear]:
+    """The layers among ``modules`` that an earlier call converted; raises if they cannot be what this one asks for."""
+    # Those without zeros were placed by `dense_backend`, in blocks of a size that nobody chose.
+    layers = {n: m for n, m in modules.items() if isinstance(m, BlockSparseLinear) and m.bsr.sparsity > 0}
+    for name, layer in layers.items():
+        if layer.block_size != block_size:
+            raise ValueError(
+                f"{name} was converted before, in blocks of {layer.block_size}, and block_size is {block_size}; pass "
+                f"block_size={layer.block_size}, leave the layer out with skip=, or convert the folded model anew"
+            )
+        resolve(backend, layer.values.device, layer.values.dtype, block_size)
+    return list(layers.values())
+
+
+def _warn_of_dense(layers: list[BlockSparseLinear]) -> None:
+    if layers and all(layer.requested_backend == "auto" and layer.backend.name == "dense" for layer in layers):
+        warnings.warn(dense_warning(layers[0]), stacklevel=4)  # at the call of to_block_sparse, which no_grad wraps
 
 
 DENSE_BLOCK_SIZE = 32

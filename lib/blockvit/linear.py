@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,15 @@ from .kernels import ACTIVATIONS, Backend, resolve
 
 _PROCESS = uuid.uuid4().hex
 """Tells this process and its forks from others, which a process id in a file does not."""
+
+
+def dense_warning(layer: BlockSparseLinear) -> str:
+    """What to say where ``"auto"`` found nothing better for a converted layer than to multiply by its zeros."""
+    return (
+        f"block-sparse layers run on the backend 'dense', which multiplies by the zeros too: no other can run, or is "
+        f"known to be faster with, {layer.values.dtype} on {layer.values.device.type} in blocks of {layer.block_size}; "
+        "take another dtype or block_size, or ask for a backend by name"
+    )
 
 
 class BlockSparseLinear(nn.Module):
@@ -91,12 +101,20 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.
-        before = self.values.device, self.values.dtype
+        before, backend = (self.values.device, self.values.dtype), self.backend
         self._resolve(fn(self.values[:0]))  # if no backend can run there, say so before anything has moved
         super()._apply(fn, recurse)
         if (self.values.device, self.values.dtype) != before:
             self._pack()
+            if self.requested_backend == "auto" and self.backend.name == "dense" != backend.name:
+                warnings.warn(dense_warning(self), stacklevel=2)  # said once for all layers
         return self
+
+    def use_backend(self, name: str) -> None:
+        """Let another backend run the weight, or ``"auto"`` choose one; if it cannot, the layer stays as it is."""
+        resolve(name, self.values.device, self.values.dtype, self.block_size)
+        self.requested_backend = name
+        self._pack()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.

@@ -204,6 +204,9 @@ def fuse_mlps(model: nn.Module, fuse: bool | str = "auto") -> nn.Module:
         ValueError: ``fuse`` is something else.
     """
     check_fuse(fuse)
+    for module in model.modules():
+        if isinstance(module, BlockSparseMLP):  # whose layers may have come to another backend
+            module._schedule()
 
     def wanted(module: nn.Module) -> bool:
         if isinstance(module, BlockSparseMLP) or type(module).forward is not nn.Sequential.forward:
