@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import blockvit
 from blockvit.attention import MultiheadAttention, expose_projections
@@ -264,7 +265,7 @@ class OwnAttention(nn.MultiheadAttention):
     pass
 
 
-def test_encoder_with_a_subclass_of_attention_does_not_bypass_the_masks():
+def test_encoder_with_a_subclass_of_attention_does_not_bypass_the_masks(tmp_path):
     model, x = encoder().layers[0], torch.randn(2, 6, 32)
     model.self_attn = OwnAttention(32, 4, batch_first=True).eval()
     with pytest.raises(ValueError, match=r"self_attn\.out_proj: OwnAttention reads its weight and never calls it"):
@@ -273,6 +274,18 @@ def test_encoder_with_a_subclass_of_attention_does_not_bypass_the_masks():
     expected = model(x)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
+        blockvit.save(blockvit.to_block_sparse(blockvit.fold(model), 8, backend="gather"), tmp_path / "file")
+        loaded = encoder().layers[0]
+        loaded.self_attn = OwnAttention(32, 4, batch_first=True)
+        torch.testing.assert_close(blockvit.load(tmp_path / "file", loaded)(x), expected)
+
+
+def test_attention_with_a_computed_weight_is_an_error_that_says_so():
+    model = encoder()
+    prune.l1_unstructured(model.layers[1].self_attn.out_proj, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"MultiheadAttention's \(32, 32\) weight is no parameter.* prune\.remove"):
+        expose_projections(model)
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])

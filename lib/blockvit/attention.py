@@ -43,6 +43,7 @@ class MultiheadAttention(nn.Module):
 
         Raises:
             NotImplementedError: ``mha`` was made with ``add_bias_kv`` or ``add_zero_attn``.
+            ValueError: a weight of ``mha`` is computed from others.
         """
         if mha.bias_k is not None or mha.bias_v is not None or mha.add_zero_attn:
             raise NotImplementedError(
@@ -132,6 +133,11 @@ class MultiheadAttention(nn.Module):
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"an nn.MultiheadAttention's {tuple(weight.shape)} weight is no parameter but computed from others; remove "
+            "its parametrization or pruning (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) first"
+        )
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight, linear.bias = weight, bias
     return linear
@@ -188,15 +194,21 @@ def expose_projections(model: nn.Module) -> nn.Module:
     """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs.
 
     Subclasses stay as they are, because they may compute otherwise. PyTorch's fused inference paths, which read the
-    weights of a whole ``nn.TransformerEncoderLayer`` without calling its modules, are turned off.
+    weights of a whole ``nn.TransformerEncoderLayer`` without calling its modules, are turned off for them too.
 
     Raises:
-        ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has hooks.
+        ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has hooks or computed weights.
         NotImplementedError: one was made with ``add_bias_kv`` or ``add_zero_attn``.
     """
     _check_not_attention(model)
     found = [name for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention]
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
+    turn_off_fused_paths(model)
+    return model
+
+
+def turn_off_fused_paths(model: nn.Module) -> None:
+    """Let every ``nn.TransformerEncoderLayer`` of ``model`` call its modules, in inference too."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):  # its fused path for padded batches asks for in_proj_weight
             module.use_nested_tensor = False
@@ -204,7 +216,6 @@ def expose_projections(model: nn.Module) -> nn.Module:
             # Nothing but the fused path reads this. With a subclass of nn.MultiheadAttention it would be taken still,
             # past masks on linear1 and linear2.
             module.activation_relu_or_gelu = 0
-    return model
 
 
 def _check_not_attention(model: nn.Module) -> None:

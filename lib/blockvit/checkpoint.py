@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from . import files
-from .attention import MultiheadAttention, expose_projections
+from .attention import MultiheadAttention, expose_projections, turn_off_fused_paths
 from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
@@ -202,6 +202,7 @@ def load(
         model = _build(metadata["architecture"])
     if metadata["attention"]:
         expose_projections(model)
+    turn_off_fused_paths(model)
     try:
         _place_layers(model, metadata, tensors, backend)
     except AttributeError as error:
