@@ -249,12 +249,18 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
                 f"{(out, channels, patch_size, patch_size)} in the file, {there} in the model"
             )
         linear = nn.Linear(features, out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-        return PatchEmbedding(linear, channels, patch_size)
+        placed = place(f"{name}.linear", metadata["layers"][f"{name}.linear"], linear)
+        return PatchEmbedding(placed, channels, patch_size)
 
     embeddings = metadata.get("patch_embeddings", {})  # files of before there were any have no such entry
-    replace_modules(model, {name: partial(place_patches, name, *sizes) for name, sizes in embeddings.items()})
-    replace_modules(model, {name: partial(place, name, layer) for name, layer in metadata["layers"].items()})
-    replace_modules(model, {name: lambda _: nn.Identity() for name in metadata["identities"]})
+    within = {f"{name}.linear" for name in embeddings}
+    layers = {name: layer for name, layer in metadata["layers"].items() if name not in within}
+    replacements = {  # at once, so that an error leaves all layers as they were
+        **{name: partial(place_patches, name, *sizes) for name, sizes in embeddings.items()},
+        **{name: partial(place, name, layer) for name, layer in layers.items()},
+        **{name: lambda _: nn.Identity() for name in metadata["identities"]},
+    }
+    replace_modules(model, replacements)
 
 
 def mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
