@@ -108,7 +108,8 @@ def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
     """
     for column in ("tokens", "batch_size"):
         if column in speedups and len(found := sorted(speedups[column].dropna().unique())) > 1:
-            raise ValueError(f"break-even of one {column} at a time, but the rows hold {found}; choose one")
+            held = ", ".join(f"{value:.0f}" for value in found)
+            raise ValueError(f"break-even of one {column} at a time, but the rows hold {held}; choose one")
     texts = []
     for block, cell in speedups.groupby("block_size"):
         line = cell.groupby("sparsity")["speedup"].median()
