@@ -190,7 +190,8 @@ def test_the_real_clock_counts_all_repeats():
 @pytest.mark.gpu
 def test_peak_memory_on_a_gpu():
     size = 64 << 20
-    assert peak_memory(lambda: torch.ones(size, dtype=torch.uint8, device="cuda") and None, "cuda") >= size
+    assert peak_memory(lambda: torch.ones(size, dtype=torch.uint8, device="cuda"), "cuda") >= size
+    assert torch.cuda.memory_allocated() < size, "the result is not held"
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -176,9 +177,16 @@ def cuda_graph(call: Callable[[], torch.Tensor], warmup: int = 3) -> Callable[[]
         for _ in range(warmup):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except BaseException:
+        # PyTorch 2.11 leaves its stream the current one and the random numbers' generator capturing, for good.
+        torch.cuda.set_stream(before)
+        with warnings.catch_warnings(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            warnings.simplefilter("ignore")  # of an empty graph; that its capture succeeds sets the generator right
+        raise
 
     def replay() -> torch.Tensor:
         graph.replay()
