@@ -556,6 +556,22 @@ def test_stages_follow_the_length_of_the_rows():
 
 
 @plain
+def test_parameters_of_far_more_or_fewer_tokens_are_not_taken_over():
+    tiles = {"BLOCK_M": 256, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    like = (32, torch.bfloat16, 230, "ieee")
+
+    def find(tokens):
+        return parameters.linear(tuning.stored(), CPU, tokens, 3072, 768, *like, 2, 230)["BLOCK_M"]
+
+    for tokens in (1000, 50432):
+        key = parameters.key(3072, 768, tokens, *like)
+        tuning.store("cpu", "triton", key, {"GROUP": 2, **tiles, "BLOCK_M": tokens % 512}, ms=1.0, seconds=1.0)
+    assert [find(tokens) for tokens in (50432 * 4, 50432, 50432 // 4)] == [50432 % 512] * 3
+    assert [find(tokens) for tokens in (4000, 250)] == [1000 % 512] * 2
+    assert [find(tokens) for tokens in (50432 * 4 + 1, 8000, 197, 1)] == [128, 128, 32, 16], "the rule's"
+
+
+@plain
 def test_parameters_of_the_nearest_that_was_tuned_with_the_same_group():
     def store(group, block_m, **changed):
         key = {**parameters.key(3072, 768, 50432, 32, torch.bfloat16, 230, "ieee"), **changed}
@@ -574,7 +590,7 @@ def test_parameters_of_the_nearest_that_was_tuned_with_the_same_group():
     store(2, 1)
     store(1, 2, tokens=197)
     store(4, 3, dtype="tf32")
-    assert (find(), find(group=1), find(tokens=197, group=1), find(tokens=197)) == (1, 2, 2, 1)
+    assert (find(), find(tokens=197, group=1)) == (1, 2)
     assert find(dtype=torch.float32, precision="tf32", group=4) == 3
     assert find(dtype=torch.float32, precision="tf32x3", group=4) == 64  # nothing was tuned
     assert (groups(), groups(torch.float32)) == (2, None)

@@ -27,6 +27,10 @@ On tensor cores; an H100 does 3 times 130 TFLOP/s in TF32 where its float32 unit
 TILE_BYTES = 128
 """A tile's length in K, in bytes: the widest that shared memory is swizzled for, so that no bank is hit twice."""
 
+NEAR = 4
+"""Parameters are taken over from a number of tokens up to so many times as large or small: a tile of 256 that is best
+for 50432 tokens would keep 24 of 132 multiprocessors busy with 197, whatever the rest of them gains."""
+
 HOPPER = {"multiprocessors": 132, "shared": 227 * 1024}
 """What counts where there is no GPU to ask."""
 
@@ -72,9 +76,14 @@ def linear(
 ) -> Mapping[str, int]:
     """Parameters for a product with a weight in groups of ``group`` block rows, which have ``entries`` in all.
 
-    Remembered by all that it depends on; ``stored`` is ``tuning.stored()``, so that what has just been tuned counts.
+    Tuned for such groups and about so many tokens (``NEAR``), else by rule. Remembered by all that it depends on;
+    ``stored`` is ``tuning.stored()``, so that what has just been tuned counts.
     """
-    alike = [entry for entry in _entries(device) if entry["parameters"]["GROUP"] == group]
+    alike = [
+        entry
+        for entry in _entries(device)
+        if entry["parameters"]["GROUP"] == group and tokens / NEAR <= entry["key"]["tokens"] <= tokens * NEAR
+    ]
     entry = tuning.nearest(alike, key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return {name: value for name, value in entry["parameters"].items() if name != "GROUP"}
