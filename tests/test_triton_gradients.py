@@ -14,7 +14,7 @@ from blockvit.bsr import BlockPattern, block_view
 from blockvit.sparse_training import train_sparse
 
 pytest.importorskip("triton")
-from blockvit.kernels.triton import autograd, gradients, parameters
+from blockvit.kernels.triton import Triton, autograd, gradients, parameters
 from blockvit.kernels.triton.offline import SHARED_BYTES, compile_for
 
 # Errors of sums over up to some thousand tokens, relative to the largest result.
@@ -105,6 +105,22 @@ def test_longer_rows_than_a_program_takes_at_once(device):
     grad, x = torch.randn(40, 3 * b), torch.randn(40, 20 * b)
     sampled = gradients.weight_gradient(grad.to(device), x.to(device), on(device, pattern), b, precision="ieee")
     assert_near(sampled, blocks_of(grad.double().t() @ x.double(), pattern, b), torch.float32, "ieee")
+
+
+@every_device
+def test_blocks_wider_than_a_tile_are_left_to_pytorch(device):
+    b, pattern = 256, random_pattern(2, 2, 1)
+    grad, x = torch.randn(40, 2 * b), torch.randn(40, 2 * b)
+    there = on(device, pattern)
+    with pytest.raises(ValueError, match="block_size is 256; expected at most WIDTH, which is 128"):
+        gradients.weight_gradient(grad.to(device), x.to(device), there, b, precision="ieee")
+    expected = blocks_of(grad.double().t() @ x.double(), pattern, b)
+    sampled = Triton.weight_gradient(grad.to(device), x.to(device), there, b)
+    assert_near(sampled, expected, torch.float32, "tf32x3")
+
+    values = torch.randn(1, b, b, device=device, requires_grad=True)
+    autograd.linear(x.to(device), values, None, there).backward(grad.to(device))
+    assert_near(values.grad, expected, torch.float32, "tf32x3")
 
 
 @every_device

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...bsr import BlockPattern
+from ..registry import Backend
+
+WIDEST_SAMPLED = 128
+"""The largest block that a tile of ``gradients`` holds."""
 
 
 def product(x: Tensor, values: Tensor, pattern: BlockPattern, bias: Tensor | None) -> Tensor:
@@ -23,7 +27,9 @@ def input_gradient(grad: Tensor, values: Tensor, pattern: BlockPattern) -> Tenso
 
 
 def weight_gradient(grad: Tensor, x: Tensor, pattern: BlockPattern, block_size: int) -> Tensor:
-    """The blocks of ``grad.T @ x`` at ``pattern``."""
+    """The blocks of ``grad.T @ x`` at ``pattern``; blocks larger than the kernel's tiles by PyTorch's products."""
+    if block_size > WIDEST_SAMPLED:
+        return Backend.weight_gradient(grad, x, pattern, block_size)
     return torch.ops.blockvit.triton_sampled(grad, x, *pattern, block_size)
 
 

@@ -132,6 +132,9 @@ def weight_gradient(
         block_size: a power of two from 16 to 128.
         precision: how float32 is multiplied, see ``linear.launch``.
         parameters: ``WIDTH``, ``BLOCK_T``, ``num_warps``, ``num_stages``; None: see ``default_parameters``.
+
+    Raises:
+        ValueError: a block is wider than a tile, which the kernel would never come to the end of.
     """
     if len(pattern.crow) <= len(pattern.transposed_crow):  # fewer rows than columns: more blocks in each
         lines, others, crow, col, order = grad, x, pattern.crow, pattern.col, None
@@ -140,6 +143,8 @@ def weight_gradient(
     tokens, nnz, block_rows, b = lines.shape[0], len(col), len(crow) - 1, block_size
     blocks_a_row = triton.cdiv(max(nnz, 1), block_rows)
     parameters = parameters or default_parameters(b, blocks_a_row, lines.dtype)
+    if b > parameters["WIDTH"]:
+        raise ValueError(f"block_size is {b}; expected at most WIDTH, which is {parameters['WIDTH']}")
     parts = triton.cdiv(blocks_a_row * b, parameters["WIDTH"])
     splits = max(1, min(triton.cdiv(PROGRAMS, block_rows * parts), tokens // TOKENS))
     a_split = triton.cdiv(triton.cdiv(tokens, splits), parameters["BLOCK_T"]) * parameters["BLOCK_T"]
