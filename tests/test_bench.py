@@ -226,6 +226,20 @@ def test_precision_class_restores_after_an_error():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_precision_set_in_pytorchs_other_way_is_an_error_that_says_what_to_do():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with (
+            pytest.raises(RuntimeError, match=r"set_float32_matmul_precision\('highest'\)"),
+            precision_class("fp32", CPU),
+        ):
+            pytest.fail("the body ran")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with precision_class("fp32", CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_tf32_on_a_cpu_is_refused():
     with pytest.raises(ValueError, match="precision is 'tf32', which cpu does not have"), precision_class("tf32", CPU):
         pytest.fail("the body ran")

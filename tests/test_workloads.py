@@ -64,7 +64,7 @@ def check_times(rows: list[dict]) -> None:
 # --- which backends --------------------------------------------------------------------------------------------------
 
 
-def unavailable(monkeypatch, name: str, why: str = "it is Tuesday"):
+def unavailable(monkeypatch, name: str, why: str | None = "it is Tuesday"):
     from blockvit.kernels import backends
 
     monkeypatch.setattr(backends()[name], "refusal", classmethod(lambda cls, device, dtype, block_size: why))
@@ -77,6 +77,14 @@ def test_a_backend_that_cannot_run_is_left_out_and_named(monkeypatch):
     assert set(by_backend(case.measure(CPU, SHORT))) == {("dense", "eager"), ("gather", "eager")}
     (line,) = refusals(["gather", "torch"], "cpu", ["fp32"], [16])
     assert line == "not measured: torch in fp32, blocks of 16: it is Tuesday"
+
+
+def test_a_backend_that_knows_tf32_only_is_not_measured_in_fp32(monkeypatch):
+    unavailable(monkeypatch, "blksprs", None)  # as if it were available
+    able = {precision: runnable(["blksprs"], CPU, precision, 32) for precision in ("fp32", "tf32", "bf16")}
+    assert able == {"fp32": [], "tf32": ["blksprs"], "bf16": ["blksprs"]}
+    (line,) = refusals(["blksprs"], CPU, ["fp32", "tf32"], [32, 16])
+    assert line.startswith("not measured: blksprs in fp32, blocks of 32, 16: blksprs multiplies float32 as TF32 only")
 
 
 def test_refusals_name_each_reason_once(monkeypatch):

@@ -101,7 +101,13 @@ def precision_class(name: str, device: torch.device | str) -> Iterator[torch.dty
         raise ValueError(f"precision is {name!r}; expected one of {list(DTYPES)}")
     if name == "tf32" and torch.device(device).type != "cuda":
         raise ValueError(f"precision is 'tf32', which {device} does not have; leave it out of `precisions`")
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError as error:  # PyTorch does not let its two ways to set this be mixed
+        raise RuntimeError(
+            "the precision of float32 was set by torch.backends, e.g. torch.backends.cuda.matmul.fp32_precision; call "
+            "torch.set_float32_matmul_precision('highest') or 'high' instead, or after it"
+        ) from error
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"  # the patch convolution; on by default, unlike for products
     try:

@@ -26,6 +26,10 @@ FUSED_MLP = "+mlp"
 """Behind a backend's name: the two layers of an MLP run as one kernel (``to_block_sparse(fuse_mlp=...)``)."""
 
 
+TF32_ONLY = ("blksprs",)
+"""Backends that multiply float32 as TF32 whatever the user allows: none would keep within the tolerance of fp32."""
+
+
 def convert(model: nn.Module, name: str, block_size: int) -> nn.Module:
     """``model``, which holds zero blocks, on the contender ``name``, in place; returns it.
 
@@ -48,7 +52,7 @@ def backend_of(name: str) -> str:
     return name.partition("+")[0]
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
+def refusal(name: str, device: torch.device, precision: str, block_size: int) -> str | None:
     """Why a contender cannot run such weights there, or None; an unknown name raises ``ValueError``."""
     backend, plus, how = name.partition("+")
     if plus and plus + how not in (DENSE_TOO, FUSED_MLP):
@@ -57,7 +61,9 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, block_size: int
         )
     if plus + how == FUSED_MLP and backend != "triton":
         return "only the backend 'triton' runs an MLP as one kernel"
-    return named(backend).refusal(device, dtype, block_size)
+    if backend in TF32_ONLY and precision == "fp32":
+        return f"{backend} multiplies float32 as TF32 only, which is the class tf32"
+    return named(backend).refusal(device, DTYPES[precision], block_size)
 
 
 def runnable(backends: Iterable[str], device: torch.device, precision: str, block_size: int) -> list[str]:
@@ -66,7 +72,7 @@ def runnable(backends: Iterable[str], device: torch.device, precision: str, bloc
     for name in backends:
         if name == "dense":
             raise ValueError("backend 'dense' is the baseline that every case measures; leave it out of `backends`")
-        if refusal(name, device, DTYPES[precision], block_size) is None:
+        if refusal(name, device, precision, block_size) is None:
             able.append(name)
     return able
 
@@ -81,7 +87,7 @@ def refusals(
         if name == semi_structured.BACKEND:
             reason = semi_structured.refusal(device, DTYPES[precision])
         else:
-            reason = refusal(name, device, DTYPES[precision], block_size)
+            reason = refusal(name, device, precision, block_size)
         if reason:
             cells.setdefault((name, reason), []).append((precision, block_size))
     return [
