@@ -86,6 +86,22 @@ def test_refuses_what_its_kernels_cannot_run(name, dtype, block_size, why):
     assert why in backends()[name].refusal(CUDA, dtype, block_size)
 
 
+@pytest.mark.parametrize("name", ["torch", "torch_tuned", "torchao"])
+def test_pytorchs_kernel_is_refused_where_it_takes_minutes_to_compile(name, store, gpu, monkeypatch):
+    monkeypatch.setattr(torchao_bsr, "missing", lambda: None)
+    for block_size, dtype in [(64, torch.float32), (128, torch.bfloat16), (128, torch.float32)]:
+        tuning.store(GPU, "torch_tuned", entry(block_size=block_size, dtype=str(dtype)[6:])["key"], {}, ms=1, seconds=1)
+    refusal = backends()[name].refusal
+    assert refusal(CUDA, torch.float32, 64) is None and refusal(CUDA, torch.bfloat16, 128) is None
+    assert "take minutes to compile for float32 in blocks larger than 64" in refusal(CUDA, torch.float32, 128)
+
+
+def test_auto_takes_our_kernel_where_pytorchs_takes_minutes_to_compile(gpu):
+    pytest.importorskip("triton")
+    chosen = [resolve("auto", CUDA, torch.float32, block_size).name for block_size in (64, 128)]
+    assert chosen == ["torch", "triton"]
+
+
 @pytest.mark.parametrize("name, says", [("torchao", "torchao 0.14"), ("blksprs", "blksprs 2.5")])
 def test_says_how_to_install_what_is_missing(monkeypatch, name, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
@@ -309,12 +325,12 @@ class Clock:
         return tune.Found({**PARAMETERS, "SPLIT_N": case.tokens // case.block_size}, 1.0, 1.5)
 
 
-CASES = tune.make_cases([(128, 64), (64, 128)], tokens=[256], block_sizes=[16, 64])
+CASES = tune.make_cases([(128, 64), (64, 128)], tokens=[256], block_sizes=[64, 16])
 
 
 def test_cases_come_in_order_of_importance():
     order = [(c.out_features, c.block_size, c.dtype) for c in CASES]
-    first = [(128, size, dtype) for size in (64, 16) for dtype in (torch.bfloat16, torch.float32)]
+    first = [(128, size, dtype) for dtype in (torch.bfloat16, torch.float32) for size in (64, 16)]
     assert order == first + [(64, size, dtype) for _, size, dtype in first]
 
 
@@ -372,6 +388,35 @@ def test_short_benchmarks_end_with_their_block():
         testing.do_bench = original
 
 
+def test_benchmarks_end_when_the_time_is_up_and_the_search_with_what_it_has():
+    testing = pytest.importorskip("triton.testing")
+    from torch.sparse._triton_ops_meta import minimize
+
+    original, now, timed = testing.do_bench, [100.0], []
+    testing.do_bench = lambda fn, **options: fn()
+    try:
+        with tune.short_benchmarks(seconds=5, clock=lambda: now[0]):
+
+            def target(parameters):
+                def kernel():
+                    now[0] += 1
+                    timed.append(parameters["tile"])
+                    return 100.0 / parameters["tile"]
+
+                return testing.do_bench(kernel, warmup=500, rep=100)
+
+            found, *_ = minimize(target, {"tile": 1}, {"tile": 1}, lambda name, value, step, all: value + step)
+            with pytest.raises(RuntimeError, match="time is up"):
+                testing.do_bench(lambda: pytest.fail("compiled"))
+    finally:
+        testing.do_bench = original
+    assert len(timed) == 5 and found == {"tile": max(timed)}
+
+
+def test_what_takes_minutes_to_compile_is_not_searched():
+    assert tune.search_torch_bsr(tune.Case(128, 128, 128, 128, torch.float32, 0.5), CPU) is None
+
+
 def test_the_command_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 3
@@ -398,7 +443,7 @@ def test_the_command_refuses_wrong_arguments(arguments, says, capsys):
 
 def test_the_command_prints_a_line_a_case(store, gpu, monkeypatch, capsys):
     monkeypatch.setattr(tune, "search_torch_bsr", Clock().search)
-    arguments = ["--shapes", "128x64", "--tokens", "256", "--block-sizes", "16", "64"]
+    arguments = ["--shapes", "128x64", "--tokens", "256", "--block-sizes", "64", "16"]
     assert tune.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
@@ -475,6 +520,7 @@ triton.testing.do_bench = do_bench
 
 from blockvit import tune
 
+tune.SEARCH_SECONDS = float("inf")  # it is slow here
 found = tune.search_torch_bsr(tune.Case(32, 48, 60, 16, torch.float32, 0.5), torch.device("cpu"))
 assert sorted(found.parameters) == ["GROUP_SIZE_ROW", "SPLIT_N", "num_stages", "num_warps"], found
 assert all(type(value) is int for value in found.parameters.values()), found

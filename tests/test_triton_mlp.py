@@ -543,14 +543,19 @@ def do_bench(call, return_mode, warmup=None, rep=None):
     return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)  # as if short tiles and two were best
 triton.testing.do_bench = do_bench
 
+tune.SEARCH_SECONDS = float("inf")  # it is slow here
 found = tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu"))
 assert found.parameters == {"BLOCK_M": 32, "PROGRAMS": 2, "num_warps": 4, "num_stages": 2}, found
 assert (found.ms, found.default_ms) == (0.32, 9.0), found
+assert min(map(mlp.max_registers, launched)) >= tune.LEAST_REGISTERS
 
-def do_bench(call, **options):
-    raise triton.OutOfResources(1, 0, "shared memory")
-triton.testing.do_bench = do_bench
-assert tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu")) is None
+from triton.runtime.errors import PTXASError
+
+for error in (triton.OutOfResources(1, 0, "shared memory"), PTXASError("Insufficient registers")):
+    def do_bench(call, **options):
+        raise error
+    triton.testing.do_bench = do_bench
+    assert tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu")) is None
 print("done")
 """
 

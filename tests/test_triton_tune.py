@@ -89,6 +89,19 @@ def test_the_search_goes_to_the_best_and_measures_nothing_twice():
     assert tune.descend(START, lambda candidate: [], lambda candidate: 1.0) == START
 
 
+def test_a_search_ends_with_the_best_so_far_when_its_time_is_up(monkeypatch):
+    now, measured = [0.0], []
+
+    def measure(candidate):
+        now[0] += 10
+        measured.append(candidate)
+        return 100.0 - len(measured)  # the longer, the better
+
+    limited = tune.in_time(measure, clock=lambda: now[0])
+    found = tune.descend(START, tune.neighbours, limited)
+    assert measured[0] == START and found == measured[-1] and len(measured) == tune.SEARCH_SECONDS / 10
+
+
 def test_what_is_found_is_what_the_layer_looks_up(store):
     cases = tune.make_cases([(100, 200)], tokens=[50], block_sizes=[64, 16], dtypes=[torch.bfloat16], sparsities=[0.5])
     found = {"GROUP": 2, "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 2, "num_stages": 4}
@@ -139,6 +152,7 @@ def do_bench(call, return_mode, warmup=None, rep=None):
     return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)
 triton.testing.do_bench = do_bench
 
+tune.SEARCH_SECONDS = float("inf")  # it is slow here
 case = tune.Case(64, 48, 40, 16, torch.float32, 0.5)
 found = tune.search_triton(case, torch.device("cpu"))
 assert found.parameters["BLOCK_M"] == 16 and found.parameters["num_stages"] == 2, found
@@ -146,10 +160,13 @@ assert found.ms == 0.16 <= found.default_ms, found
 assert set(found.parameters) == set(tune.CHOICES), found
 assert all(type(value) is int for value in found.parameters.values()), found
 
-def do_bench(call, **options):
-    raise triton.OutOfResources(1, 0, "shared memory")
-triton.testing.do_bench = do_bench
-assert tune.search_triton(case, torch.device("cpu")) is None
+from triton.runtime.errors import PTXASError
+
+for error in (triton.OutOfResources(1, 0, "shared memory"), PTXASError("Insufficient registers")):
+    def do_bench(call, **options):
+        raise error
+    triton.testing.do_bench = do_bench
+    assert tune.search_triton(case, torch.device("cpu")) is None
 print("done")
 """
 

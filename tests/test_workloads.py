@@ -501,20 +501,29 @@ def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatc
 
     monkeypatch.setattr(tune, "search_torch_bsr", search)
     store = Store(tmp_path / "results")
-    cases = tuning_cases(["torch_tuned", "gather"], [[32, 64], [64, 64]], [32], [16, 32], 0.5, ["fp32", "tf32", "bf16"])
-    assert [(c.case.out_features, c.case.block_size) for c in cases] == [(64, 32)] * 2 + [(64, 16)] * 2 + [
-        (32, 32),
-        (32, 32),
-        (32, 16),
-        (32, 16),
-    ], "the largest layer first; two dtypes"
+    cases = tuning_cases(["torch_tuned", "gather"], [[64, 64], [32, 64]], [32], [32, 16], 0.5, ["bf16", "fp32", "tf32"])
+    assert [(c.case.out_features, c.precision, c.case.block_size) for c in cases] == [
+        (rows, precision, size) for rows in (64, 32) for precision in ("bf16", "fp32") for size in (32, 16)
+    ], "in the given order; two dtypes"
     report = sweep(cases[:3], store, "tuning", effort=SHORT)
     rows = store.read("tuning")
-    assert list(rows["metric"]) == ["tuning_seconds", "tuning_seconds", "failed"]
+    assert list(rows["metric"]) == ["tuning_seconds", "failed", "tuning_seconds"]
     assert set(rows["backend"]) == {"torch_tuned"} and "no launch parameters work" in str(report)
     again = sweep(cases[:3], store, "tuning", effort=SHORT)
     assert again.measured == 0 and len(searched) == 3
-    assert cases[0].keys(CPU) == [] and cases[2].keys(CPU), "what was found is in the file, what failed in the table"
+    assert cases[0].keys(CPU) == [] and cases[1].keys(CPU), "what was found is in the file, what failed in the table"
+
+
+def test_a_search_that_raises_costs_its_own_case_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKVIT_TUNED", str(tmp_path))
+
+    def search(case, device):
+        raise RuntimeError("the compiler crashed")
+
+    monkeypatch.setattr(tune, "search_torch_bsr", search)
+    (case,) = tuning_cases(["torch_tuned"], [[64, 64]], [32], [32], 0.5, ["fp32"])
+    (row,) = case.measure(CPU, SHORT)
+    assert row["metric"] == "failed" and "RuntimeError: the compiler crashed" in row["note"]
 
 
 def test_our_kernel_is_tuned_for_every_precision_class_and_pytorchs_for_every_dtype():

@@ -30,12 +30,15 @@ from torch import Tensor
 from .bsr import BSRMatrix
 from .fold import random_block_mask_
 from .kernels import resolve, torch_tuned, tuning
-from .kernels.torch_bsr import bsr_tensor, pad_tokens
+from .kernels.torch_bsr import bsr_limits, bsr_tensor, pad_tokens
 from .kernels.triton import packing, parameters
 from .masks import num_kept
 
 WARMUP_MS, REP_MS = 25, 50
 """How long one set of parameters is warmed up and timed during the search, in milliseconds; PyTorch has 500 and 100."""
+
+SEARCH_SECONDS = 30
+"""After how many a search ends with the best so far: candidates are many, and some take seconds to compile."""
 
 SHAPES = ((3072, 768), (768, 3072), (768, 768), (2304, 768))
 """``(out, in)`` of ViT-B/16: the MLP first, which has most of the work, then out_proj and qkv."""
@@ -104,20 +107,20 @@ def make_cases(
     tokens: Iterable[int] = (TOKENS,),
     sparsities: Iterable[float] = (0.9,),
 ) -> list[Case]:
-    """All combinations, most important first, for when the time does not suffice for all.
+    """All combinations, for when the time does not suffice for all: each in the given order, most important first.
 
-    Every block size and dtype is done for the first shape before the next shape begins: what a shape lacks is taken
-    from the nearest, but a block size or dtype that has nothing cannot run. Within a shape the biggest blocks come
-    first, which gain most, and dtypes alternate.
+    Every dtype and block size is done for the first shape before the next shape begins: what a shape lacks is taken
+    from the nearest, but a block size or dtype that has nothing cannot run. Within a shape every block size is done in
+    the first dtype before the next dtype begins.
     """
-    dtypes, sizes = list(dtypes), sorted(set(block_sizes), reverse=True)
+    dtypes, sizes = list(dtypes), list(dict.fromkeys(block_sizes))
     return [
         Case(rows, cols, count, size, dtype, sparsity)
         for rows, cols in shapes
         for count in tokens
         for sparsity in sparsities
-        for size in sizes
         for dtype in dtypes
+        for size in sizes
     ]
 
 
@@ -217,7 +220,12 @@ def _padded(case: Case) -> tuple[int, int, int]:
 
 
 def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
-    """PyTorch's own search for a case: the best parameters with their time, or None if none work."""
+    """PyTorch's own search for a case: the best parameters with their time, or None if none work.
+
+    Ends with the best so far after ``SEARCH_SECONDS``.
+    """
+    if bsr_limits("PyTorch's Triton BSR kernels", case.dtype, case.block_size):
+        return None
     import triton
     from torch.sparse._triton_ops import bsr_dense_addmm_meta
     from torch.sparse._triton_ops_meta import tune_bsr_dense_addmm
@@ -227,7 +235,7 @@ def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
     rows, cols = matrix.padded_shape
     weight = bsr_tensor(matrix.crow_indices, matrix.col_indices, matrix.values, rows, cols)
     y = x.new_empty(x.shape[0], rows)
-    with short_benchmarks():
+    with short_benchmarks(seconds=SEARCH_SECONDS):
         # The same views as in `torch_tuned.launch`; `force`, because it returns PyTorch's own A100 parameters at once.
         found = tune_bsr_dense_addmm(
             bias.unsqueeze(1).expand(-1, x.shape[0]), weight, x.t(), beta=1, alpha=1, out=y.t(), store=False, force=True
@@ -247,7 +255,7 @@ def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
     def measured(meta: dict[str, int]) -> Found | None:
         try:
             ms = triton.testing.do_bench(lambda: torch_tuned.launch(x, weight, bias, meta), return_mode="median")
-        except triton.OutOfResources:  # big float32 blocks, or more stages than fit into shared memory
+        except triton.TritonError:  # big float32 blocks, or more stages than fit into shared memory
             return None
         return Found({name: int(value) for name, value in meta.items()}, ms, None)
 
@@ -270,6 +278,9 @@ CHOICES = {
 SUMS = 128
 """Sums that a thread may hold: with more, of its 255 registers none are left for what it computes with."""
 
+
+LEAST_REGISTERS = 48
+"""A thread of the fused MLP needs so many whatever its sums are: with 32 the assembler gives up."""
 
 MLP_CHOICES = {
     "BLOCK_M": (32, 64, 128, 256),
@@ -317,7 +328,7 @@ def descend(
 ) -> dict[str, int] | None:
     """What is reached from ``start`` by going to the first neighbour that is faster, until none is.
 
-    Nothing is measured twice. None if no time of ``start`` nor of what lies around it can be measured.
+    Nothing is measured twice, ``start`` first. None if no time of ``start`` nor of what lies around it can be measured.
     """
     times: dict[tuple[int, ...], float] = {}
 
@@ -329,9 +340,17 @@ def descend(
         return times[place]
 
     best = dict(start)
-    while faster := next((other for other in neighbours(best) if time_of(other) < time_of(best)), None):
+    while faster := next((other for other in neighbours(best) if time_of(best) > time_of(other)), None):
         best = faster
     return None if time_of(best) == math.inf else best
+
+
+def in_time(
+    measure: Callable[[Mapping[str, int]], float | None], clock: Callable[[], float] = time.perf_counter
+) -> Callable[[Mapping[str, int]], float | None]:
+    """``measure`` for ``SEARCH_SECONDS`` from now; then nothing, so that a search ends with the best so far."""
+    end = clock() + SEARCH_SECONDS
+    return lambda candidate: measure(candidate) if clock() < end else None
 
 
 def search_triton(case: Case, device: torch.device) -> Found | None:
@@ -363,7 +382,7 @@ def search_triton(case: Case, device: torch.device) -> Found | None:
             return triton.testing.do_bench(
                 lambda: linear.launch(x, p.crow, p.col, p.values, bias, **options), return_mode="median", **effort
             )
-        except (triton.OutOfResources, triton.CompilationError):
+        except triton.TritonError:  # it does not compile, or takes more than the GPU has
             return None
 
     counted = packing.pack(matrix)
@@ -373,7 +392,7 @@ def search_triton(case: Case, device: torch.device) -> Found | None:
     best = descend(
         default,
         lambda candidate: (n for n in neighbours(candidate) if fits(n, b, itemsize, precision, resources["shared"])),
-        lambda candidate: measured(candidate, warmup=WARMUP_MS, rep=REP_MS),
+        in_time(lambda candidate: measured(candidate, warmup=WARMUP_MS, rep=REP_MS)),
     )
     if best is None:
         return None
@@ -424,20 +443,20 @@ def search_mlp(case: Case, device: torch.device) -> Found | None:
     def time_of(call: Callable[[], Tensor], **effort: int) -> float | None:
         try:
             return triton.testing.do_bench(call, return_mode="median", **effort)
-        except (triton.OutOfResources, triton.CompilationError):
+        except triton.TritonError:  # it does not compile, or takes more than the GPU has
             return None
 
     def fits(candidate: Mapping[str, int]) -> bool:
         tile = candidate["BLOCK_M"], height, parameters.TILE_BYTES // case.dtype.itemsize, candidate["num_stages"]
         sums = candidate["BLOCK_M"] * height // (32 * candidate["num_warps"])
-        return parameters.shared_bytes(*tile, case.dtype.itemsize) <= shared and 2 * sums <= mlp.max_registers(
-            candidate
-        )
+        registers = mlp.max_registers(candidate)
+        enough = registers >= LEAST_REGISTERS and registers >= 2 * sums
+        return enough and parameters.shared_bytes(*tile, case.dtype.itemsize) <= shared
 
     best = descend(
         mlp.default_parameters(height, case.dtype.itemsize, shared),
         lambda candidate: filter(fits, neighbours(candidate, MLP_CHOICES)),
-        lambda candidate: time_of(lambda: fused(candidate), warmup=WARMUP_MS, rep=REP_MS),
+        in_time(lambda candidate: time_of(lambda: fused(candidate), warmup=WARMUP_MS, rep=REP_MS)),
     )
     return None if best is None else Found(best, time_of(lambda: fused(best)), time_of(one_by_one))
 
@@ -462,17 +481,27 @@ def make_operands(case: Case, device: torch.device) -> tuple[Tensor, BSRMatrix, 
 
 
 @contextmanager
-def short_benchmarks(warmup: int = WARMUP_MS, rep: int = REP_MS) -> Iterator[None]:
+def short_benchmarks(
+    warmup: int = WARMUP_MS,
+    rep: int = REP_MS,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[None]:
     """Let ``triton.testing.do_bench`` warm up and repeat for so many milliseconds, whatever its caller asks for.
 
     PyTorch's search asks for 500 and 100, hard-coded, for each of a hundred or more sets of parameters: minutes a case,
     most of it warm-up of a GPU that is warm. There is no other way to shorten it, and nothing else may run meanwhile.
+    After ``seconds`` nothing is compiled and timed any more: a ``RuntimeError``, by which the search, which goes on
+    past what fails, comes to its end with the best so far.
     """
     import triton.testing
 
-    original = triton.testing.do_bench
+    original, end = triton.testing.do_bench, clock() + seconds
 
     def do_bench(fn: Callable[[], Any], **options: Any) -> Any:
+        if clock() >= end:
+            raise RuntimeError("time is up")
         return original(fn, **{**options, "warmup": warmup, "rep": rep})
 
     triton.testing.do_bench = do_bench

@@ -25,6 +25,20 @@ def triton_limits(kernels: str, dtype: torch.dtype, block_size: int) -> str | No
     return None
 
 
+WIDEST_FLOAT32 = 64
+"""Of PyTorch's Triton BSR kernel. It unrolls a float32 product into single multiply-adds, whose sums are float64: in
+blocks of 128 they take tens of KB of stack, and half a minute or minutes to compile, for each number of tokens."""
+
+
+def bsr_limits(kernels: str, dtype: torch.dtype, block_size: int) -> str | None:
+    """``triton_limits``, and what PyTorch's Triton BSR kernel and its copies take too long to compile for."""
+    if why := triton_limits(kernels, dtype, block_size):
+        return why
+    if dtype == torch.float32 and block_size > WIDEST_FLOAT32:
+        return f"{kernels} take minutes to compile for float32 in blocks larger than {WIDEST_FLOAT32}"
+    return None
+
+
 def pad_tokens(x: Tensor, multiple: int) -> Tensor:
     """``x`` ``(tokens, features)`` with rows of zeros behind it up to a ``multiple`` of tokens; itself if it is one."""
     missing = -x.shape[0] % multiple
@@ -98,7 +112,7 @@ class TorchBSR(Backend):
                 return "PyTorch's BSR product on CPU takes float32 and float64 only"
             return None
         if device.type == "cuda":
-            return triton_limits("PyTorch's Triton BSR kernels", dtype, block_size)
+            return bsr_limits("PyTorch's Triton BSR kernels", dtype, block_size)
         return "PyTorch has BSR products for cpu and cuda only"
 
     @classmethod

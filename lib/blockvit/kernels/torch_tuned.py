@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bsr import BSRMatrix
 from . import tuning
 from .registry import ACTIVATIONS, Baseline, register
-from .torch_bsr import TorchBSR, bsr_tensor, pad_tokens, triton_limits
+from .torch_bsr import TorchBSR, bsr_limits, bsr_tensor, pad_tokens
 
 NAME = "torch_tuned"
 
@@ -142,7 +142,7 @@ class TorchTuned(Baseline):
         """PyTorch's limits on CUDA, and whether anything was tuned for this GPU, dtype and block size."""
         if device.type != "cuda":
             return "PyTorch's Triton BSR kernels run on NVIDIA GPUs only"
-        if limits := triton_limits("PyTorch's Triton BSR kernels", dtype, block_size):
+        if limits := bsr_limits("PyTorch's Triton BSR kernels", dtype, block_size):
             return limits
         if not torch.cuda.is_available():
             return "torch.cuda.is_available() is False: there is no GPU that parameters could have been tuned for"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..bsr import BSRMatrix
 from .registry import ACTIVATIONS, Baseline, register
-from .torch_bsr import TorchBSR, pad_tokens, triton_limits
+from .torch_bsr import TorchBSR, bsr_limits, pad_tokens
 
 MODULE = "torchao.sparsity.blocksparse"
 
@@ -74,7 +74,7 @@ class TorchAO(Baseline):
         """torchao's limits, which are PyTorch's, and whether it is installed in a version that has the layer."""
         if device.type != "cuda":
             return "torchao's Triton BSR kernels run on NVIDIA GPUs only"
-        return triton_limits("torchao's Triton BSR kernels", dtype, block_size) or missing()
+        return bsr_limits("torchao's Triton BSR kernels", dtype, block_size) or missing()
 
     @staticmethod
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:

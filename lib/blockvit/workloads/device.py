@@ -108,8 +108,11 @@ class TuningCase:
 
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
         """See ``bench.Case``; a search is timed once, however long it takes."""
-        with precision_class(self.precision, device):
-            (tuned,) = tune.tune(tune.TUNERS[self.backend], [self.case], device)
+        try:
+            with precision_class(self.precision, device):
+                (tuned,) = tune.tune(tune.TUNERS[self.backend], [self.case], device)
+        except Exception as error:  # of a search, which others' code takes part in: costs this case only
+            return [failed_row(error, str(self.case), **self._key())]
         if tuned.found is None:
             return [failed_row(RuntimeError("no launch parameters work"), str(self.case), **self._key())]
         return [{**self._key(), "value": tuned.seconds, "unit": "s", "repeats": 1}]
@@ -123,14 +126,13 @@ def tuning_cases(
     sparsity: float,
     precisions: Sequence[str],
 ) -> list[TuningCase]:
-    """Every product of a grid at one sparsity, the largest layers first, for those of ``backends`` that can be tuned.
+    """Every product of a grid at one sparsity for those of ``backends`` that can be tuned, ordered as ``make_cases``.
 
     PyTorch's kernel has the same parameters for all precision classes of a dtype.
     """
-    largest_first = sorted((tuple(shape) for shape in shapes), key=lambda shape: -shape[0] * shape[1])
     classes = {dtype: [p for p in precisions if DTYPES[p] == dtype] for dtype in (DTYPES[p] for p in precisions)}
     cases = tune.make_cases(
-        largest_first, block_sizes=block_sizes, dtypes=classes, tokens=tokens, sparsities=[sparsity]
+        map(tuple, shapes), block_sizes=block_sizes, dtypes=classes, tokens=tokens, sparsities=[sparsity]
     )
     able = [backend for backend in backends if backend in tune.TUNERS]
     return [
