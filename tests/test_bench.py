@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -317,6 +319,18 @@ class Fake:
         if self.then:
             self.then()
         return [{**key, "value": self.number + 1, "unit": "s"} for key in self.keys(device)]
+
+
+@pytest.mark.parametrize("device, budget_s, most", [("cuda", 40, 40), ("cuda", None, math.inf), ("cpu", 40, math.inf)])
+def test_on_a_gpu_a_budget_is_the_deadline_of_what_takes_long_to_prepare(store, monkeypatch, device, budget_s, most):
+    monkeypatch.setattr(bench, "environment", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(bench, "gpu_note", lambda device: [])
+    given, case = [], Fake(0)
+    monkeypatch.setattr(case, "measure", lambda device, effort: given.append(effort) or [])
+    before = time.perf_counter()
+    sweep([case], store, "linear", device=device, effort=SHORT, budget_s=budget_s)
+    assert before + most <= given[0].deadline <= time.perf_counter() + most
+    assert replace(given[0], deadline=math.inf) == SHORT
 
 
 def test_rows_are_written_group_by_group(store):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 from blockvit import engines, models, semi_structured, tune
 from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
-from blockvit.clocks import Timing
+from blockvit.clocks import Clock, Timing
 from blockvit.fold import random_block_mask_
 from blockvit.masks import num_kept
 from blockvit.results import COLUMNS, KEYS, Store
@@ -85,6 +86,19 @@ def test_a_backend_that_knows_tf32_only_is_not_measured_in_fp32(monkeypatch):
     assert able == {"fp32": [], "tf32": ["blksprs"], "bf16": ["blksprs"]}
     (line,) = refusals(["blksprs"], CPU, ["fp32", "tf32"], [32, 16])
     assert line.startswith("not measured: blksprs in fp32, blocks of 32, 16: blksprs multiplies float32 as TF32 only")
+
+
+@pytest.mark.parametrize("seconds_left, measured", [(-1, ["eager", "eager"]), (60, ["eager", "compile", "eager"])])
+def test_what_would_be_compiled_after_the_deadline_has_no_row(seconds_left, measured):
+    keys = [("dense", "eager"), ("dense", "compile"), ("gather", "eager")]
+    group = [
+        variants.Variant(variants.latency_key("fp32", 0, backend=b, compile=c), lambda: lambda: torch.ones(1))
+        for b, c in keys
+    ]
+    effort = replace(SHORT, deadline=time.perf_counter() + seconds_left)
+    rows, calls = variants.measure_group(group, "fp32", Clock(), effort)
+    assert [row["compile"] for row in rows] == measured and len(calls) == len(rows)
+    assert all(row["metric"] == "latency" for row in rows)
 
 
 def test_refusals_name_each_reason_once(monkeypatch):

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +45,8 @@ class Effort:
     """How long to measure a group of variants.
 
     Rounds go on until each variant has ``min_repeats`` samples and the group has taken ``seconds``, but not beyond
-    ``max_repeats``. Each sample lasts ``min_sample`` seconds or more: short calls are repeated within it.
+    ``max_repeats``. Each sample lasts ``min_sample`` seconds or more: short calls are repeated within it. From
+    ``deadline`` on, by ``time.perf_counter``, nothing is prepared that takes long, as compiling a model does.
     """
 
     min_repeats: int = 5
@@ -53,6 +54,7 @@ class Effort:
     seconds: float = 1.0
     warmup: int = 1
     min_sample: float = 1e-3
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         if self.warmup < 1:
@@ -228,6 +230,8 @@ def sweep(
     report = SweepReport(notes=[*notes, *busy_note(), *gpu_note(device)])
     budget_s = time_limit(budget_s)
     start = time.perf_counter()
+    if budget_s is not None and device.type == "cuda":  # where a group's models may compile for longer than the budget
+        effort = replace(effort, deadline=start + budget_s)
     pending, planned = [], results.Measured.none()
     for case in cases:
         keys = [{**where, **key} for key in case.keys(device)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,12 +128,15 @@ def measure_group(
     """Build, check and time ``variants`` interleaved; gives their rows, and the calls by the variant's place.
 
     A variant that raises or computes something else costs its own row only, which then says that it failed: kernels
-    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised. ``tails`` adds
+    of others may lack memory, a size or a precision. The baseline must run, so its errors are raised. What is not run
+    eagerly has no row if ``effort.deadline`` has passed before it is built: a later run measures it. ``tails`` adds
     rows of the 90th and the 99th percentile.
     """
     calls: dict[int, Callable[[], Tensor]] = {}
     failed = []
     for place, variant in enumerate(variants):
+        if variant.key.get("compile", "eager") != "eager" and time.perf_counter() >= effort.deadline:
+            continue
         try:
             call = variant.build()
             result = call()
