@@ -500,7 +500,7 @@ def test_an_incomplete_backend_does_not_count_as_one():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_result_equals_dense_on_gpu(name, dtype):
     device = torch.device("cuda")
     if refusal := backends()[name].refusal(device, dtype, 32):

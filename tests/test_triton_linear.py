@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_interpreter import INTERPRETED, every_device, test_file_in_the_interpreter
+from triton_interpreter import INTERPRETED, every_device, slow, test_file_in_the_interpreter
 
 from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
 from blockvit.fold import random_block_mask_
@@ -103,7 +103,7 @@ def poisoned(monkeypatch):
 
 @every_device
 @every_class
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [16, slow(32), 64, slow(128)])
 def test_result_is_within_the_bounds_of_its_precision_class(device, block_size, dtype, precision, poisoned):
     weight = random_matrix(block_size, dtype)
     bias, x = torch.randn(weight.shape[0]), torch.randn(37, weight.shape[1]).to(dtype)
@@ -114,7 +114,7 @@ def test_result_is_within_the_bounds_of_its_precision_class(device, block_size, 
 @every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [slow(False), True])
 def test_epilogues(device, dtype, activation, bias):
     weight = random_matrix(16, dtype)
     bias = torch.linspace(-8, 8, weight.shape[0]) if bias else None
@@ -159,7 +159,7 @@ def layouts(tokens: int, features: int) -> dict[str, torch.Tensor]:
 
 @every_device
 @pytest.mark.parametrize("layout", layouts(1, 1))
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("block_size", [16, slow(64)])
 def test_reads_any_strides_in_place(device, block_size, layout):
     weight = random_matrix(block_size)
     x = layouts(37, weight.shape[1])[layout]
@@ -187,7 +187,7 @@ def test_no_blocks_at_all_give_the_bias(device, group, poisoned):
 
 @every_device
 @pytest.mark.parametrize("block_size, group", [(16, 2), (16, 8), (32, 2), (64, 2)])
-@pytest.mark.parametrize("rows", [5, 8])
+@pytest.mark.parametrize("rows", [5, slow(8)])
 def test_groups_of_block_rows(device, block_size, group, rows, poisoned):
     weight = random_matrix(block_size, torch.float16, rows=rows)
     bias, x = torch.randn(weight.shape[0]), torch.randn(20, weight.shape[1]).half()
@@ -200,7 +200,7 @@ def test_groups_of_block_rows(device, block_size, group, rows, poisoned):
     "block_m, block_n, block_k",
     [(16, 32, 16), (32, 64, 32), (64, 16, 64), (128, 64, 32), (16, 32, 256)],
 )
-@pytest.mark.parametrize("block_size, group", [(16, 4), (64, 1)])
+@pytest.mark.parametrize("block_size, group", [(16, 4), slow(64, 1)])
 def test_every_tile_gives_the_same(device, block_size, group, block_m, block_n, block_k):
     weight = random_matrix(block_size, torch.float16)
     x = torch.randn(40, weight.shape[1]).half()

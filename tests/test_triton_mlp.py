@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import INTERPRETED, every_device, run_interpreted, test_file_in_the_interpreter
+from triton_interpreter import INTERPRETED, every_device, run_interpreted, slow, test_file_in_the_interpreter
 
 import blockvit
 from blockvit import BlockSparseLinear, BlockSparseMLP, BSRMatrix, tune
@@ -118,7 +118,7 @@ def poison(monkeypatch):
 
 @every_device
 @every_precision
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [16, slow(32), 64, slow(128)])
 def test_equals_two_dense_layers(device, block_size, dtype, precision, poison):
     b = block_size
     first, second = matrix((4 * b, 2 * b), b, dtype), matrix((2 * b, 4 * b), b, dtype)
@@ -585,7 +585,7 @@ def large(dtype: torch.dtype, tokens: int, block_size: int = 64) -> tuple[nn.Seq
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [50432, 197], ids=str)
+@pytest.mark.parametrize("tokens", [50432, slow(197)], ids=str)
 @torch.no_grad()
 def test_a_large_batch_on_a_gpu_again_and_again(dtype, tokens, block_size):
     # An error that changes from call to call would be a race between the halves.

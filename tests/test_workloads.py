@@ -599,7 +599,7 @@ def test_two_of_four_on_a_gpu(precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["cudagraph", "compile", "max-autotune"])
+@pytest.mark.parametrize("mode", ["cudagraph", "compile", pytest.param("max-autotune", marks=pytest.mark.slow)])
 def test_modes_on_a_gpu(mode):
     case = ModelCase("vit_digits", "mlp", 8, 32, 0.5, "fp32", ("torch",), dense_modes=(mode,), sparse_modes=(mode,))
     rows = case.measure(torch.device("cuda"), SHORT)

@@ -36,6 +36,11 @@ every_device = pytest.mark.parametrize(
 """Parametrizes a test over the devices that can run a kernel in this process."""
 
 
+def slow(*values: object) -> object:
+    """Parameters whose tests are left out where a GPU's are to be done soon: each compiles kernels of its own."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def mend() -> None:
     """Repair what keeps kernels from running in the interpreter."""
     import triton.runtime.interpreter as interpreter
