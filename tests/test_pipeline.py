@@ -166,8 +166,8 @@ def test_wrong_usage_is_refused_before_anything_runs(study, options, message):
         ("notebooks: [01_frist]", "did you mean '01_first'"),
         ("requires: cdua", "did you mean 'cuda'"),
         ("test: gpu", "unknown key 'test'; did you mean 'tests'"),
-        ("tests: not gpu", "tests names 'not gpu', expected a pytest marker"),
-        ("tests: [gpu, 3]", "tests names '3', expected a pytest marker"),
+        ("tests: gpu; true", "tests is 'gpu; true', expected pytest markers"),
+        ("tests: [gpu, slow]", "expected pytest markers, e.g. gpu and not slow"),
         ("all: [", "is no YAML"),
         ("- 1", "expected a mapping"),
     ],
@@ -333,13 +333,13 @@ def test_progress_of_tests_is_one_living_line_on_a_terminal(checked):
             return True
 
     write_tests(checked, MARKED)
-    pipeline.run_tests(["gpu"], checked, checked / "tests.log", output := Terminal())
+    pipeline.run_tests("gpu", checked, checked / "tests.log", output := Terminal())
     assert output.getvalue().startswith("\r\x1b[2K[tests] gpu  0:00\r\x1b[2K[tests] gpu  0:0")
     assert output.getvalue().count("\n") == 1 and output.getvalue().endswith("s\n")
 
 
-def test_a_profile_may_name_several_markers(checked, executed):
-    write_profile(checked, "checked", "tests: [gpu, slow]\nnotebooks: [02_second]\n")
+def test_a_profile_may_combine_markers(checked, executed):
+    write_profile(checked, "checked", "tests: gpu or slow\nnotebooks: [02_second]\n")
     write_tests(checked, MARKED)
     pipeline.reproduce("checked", root=checked, output=(output := io.StringIO()))
     assert (checked / "tested.txt").read_text() == "gpu slow "

@@ -73,8 +73,8 @@ class Profile:
     name: str
     description: str = ""
     requires: tuple[str, ...] = ()
-    tests: tuple[str, ...] = ()
-    """Markers of the tests to run before the notebooks."""
+    tests: str = ""
+    """Which tests to run before the notebooks, as ``pytest -m`` takes it: ``gpu and not slow``."""
     notebooks: tuple[str, ...] = ()
     shared: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -143,14 +143,14 @@ def reproduce(
         for name in README_SECTIONS:
             _section(root / "README.md", name, _text(root / "README.md"))
     _check_requirements(chosen)
-    markers = chosen.tests if tests else ()
-    if markers:
+    marked = chosen.tests if tests else ""
+    if marked:
         _check_pytest(chosen)
 
     build = root / "build" / chosen.name
     with _locked(build):
-        if markers:
-            run_tests(markers, root, build / "tests.log", output)
+        if marked:
+            run_tests(marked, root, build / "tests.log", output)
         for number, (notebook, values) in enumerate(steps, 1):
             with _Progress(f"[{number}/{len(steps)}] {notebook.name}", output, notebook.cells) as progress:
                 copy = build / notebook.path.name
@@ -230,7 +230,7 @@ def read_profile(folder: Path, name: str, notebooks: Sequence[Notebook]) -> Prof
         name,
         description=str(content.get("description", "")),
         requires=_names(content.get("requires")),
-        tests=_names(content.get("tests")),
+        tests=str(content.get("tests", "")),
         notebooks=_names(content.get("notebooks")),
         shared=_mapping(content.get("all"), f"profile {name}, all"),
         own={key: _mapping(content.get(key), f"profile {name}, {key}") for key in by_name},
@@ -241,9 +241,8 @@ def read_profile(folder: Path, name: str, notebooks: Sequence[Notebook]) -> Prof
     for requirement in profile.requires:
         if requirement != "cuda":
             raise UsageError(f"profile {name}: {_unknown('requirement', requirement, ['cuda'])}")
-    for marker in profile.tests:
-        if not marker.isidentifier():
-            raise UsageError(f"profile {name}: tests names {marker!r}, expected a pytest marker or a list, e.g. gpu")
+    if not re.fullmatch(r"[\w\s()]*", profile.tests):
+        raise UsageError(f"profile {name}: tests is {profile.tests!r}, expected pytest markers, e.g. gpu and not slow")
     return profile
 
 
@@ -343,18 +342,17 @@ _NO_TESTS_COLLECTED = 5  # pytest's exit code
 def _check_pytest(profile: Profile) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise UsageError(
-            f"profile {profile.name} runs the tests marked {' or '.join(profile.tests)} first, and pytest is not "
-            "installed; run make install, or leave them out with --no-tests"
+            f"profile {profile.name} runs the tests marked {profile.tests} first, and pytest is not installed; "
+            "run make install, or leave them out with --no-tests"
         )
 
 
-def run_tests(markers: Sequence[str], root: Path, log: Path, output: TextIO) -> None:
-    """Run the tests that have one of ``markers``, in a process of their own; what pytest says goes to ``log``.
+def run_tests(marked: str, root: Path, log: Path, output: TextIO) -> None:
+    """Run the tests that are ``marked`` so (``pytest -m``), in a process of their own; what it says goes to ``log``.
 
     Raises:
         FailedTestsError: a test failed, or none was run.
     """
-    marked = " or ".join(markers)
     command = [sys.executable, "-m", "pytest", str(root / "tests"), "-m", marked, "-q", "--color=no"]
     with _Progress(f"[tests] {marked}", output) as progress:
         with log.open("w", encoding="utf-8") as file:
