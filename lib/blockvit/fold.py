@@ -18,7 +18,7 @@ from .linear import BlockSparseLinear, dense_warning
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
 from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
-from .supermask import SupermaskLinear, supermask_layers
+from .supermask import SupermaskLinear, conv_arguments, supermask_layers
 from .targets import Targets, check_not_hooked, is_hooked, matching, obstacles, replace_modules
 
 
@@ -62,18 +62,7 @@ def _folded(masked: nn.Module) -> nn.Module:
     if isinstance(masked, SupermaskLinear):
         dense = nn.Linear(masked.in_features, masked.out_features, bias=False, device="meta")
     else:
-        dense = nn.Conv2d(
-            masked.in_channels,
-            masked.out_channels,
-            masked.kernel_size,
-            masked.stride,
-            masked.padding,
-            masked.dilation,
-            masked.groups,
-            bias=False,
-            padding_mode=masked.padding_mode,
-            device="meta",
-        )
+        dense = nn.Conv2d(**conv_arguments(masked))
     dense.weight = nn.Parameter(masked.effective_weight(), requires_grad=masked.weight.requires_grad)
     dense.bias = masked.bias
     return dense.train(masked.training)

@@ -278,25 +278,18 @@ class SupermaskConv2d(_Supermask, nn.Conv2d):
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, *, scores: str = "kaiming", **settings: Any) -> SupermaskConv2d:
         """Mask ``conv``; its parameters are shared, not copied. ``settings``: sparsity, block size, method."""
-        masked = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            bias=False,
-            padding_mode=conv.padding_mode,
-            device="meta",
-            **settings,
-        )
-        return masked._adopt(conv, scores)
+        return cls(**conv_arguments(conv), **settings)._adopt(conv, scores)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H', W')``."""
         self.was_called = True
         return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """What makes a convolution like ``conv``, which is to be given its parameters."""
+    names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    return {name: getattr(conv, name) for name in names} | {"bias": False, "device": "meta"}
 
 
 MASKED_TYPES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SupermaskLinear, nn.Conv2d: SupermaskConv2d}
