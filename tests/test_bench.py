@@ -373,6 +373,12 @@ def test_remeasure(store):
     assert len(store.read("linear")) == 8
 
 
+def test_a_busy_machine_is_told_of_where_something_is_measured(store, monkeypatch):
+    monkeypatch.setattr(bench, "busy_note", lambda: ["busy"])
+    assert sweep([Fake(1)], store, "linear").notes == ["busy"]
+    assert sweep([Fake(1)], store, "linear").notes == []
+
+
 def test_what_a_case_before_measures_is_measured_once(store):
     cases = [Fake(1), Fake(1), Fake(2)]
     report = sweep(cases, store, "linear")

@@ -227,7 +227,7 @@ def sweep(
     device, effort = torch.device(device), effort or Effort()
     where = {"experiment": experiment, **environment(device)}
     done = results.Measured.none() if remeasure else store.measured(experiment, where["device"])
-    report = SweepReport(notes=[*notes, *busy_note(), *gpu_note(device)])
+    report = SweepReport(notes=list(notes))
     budget_s = time_limit(budget_s)
     start = time.perf_counter()
     if budget_s is not None and device.type == "cuda":  # where a group's models may compile for longer than the budget
@@ -240,6 +240,8 @@ def sweep(
         elif keys and not planned.together(keys):  # what a case before this one measures is not measured again
             pending.append(case)
             planned.add(keys)
+    if pending:
+        report.notes += [*busy_note(), *gpu_note(device)]
     for case in tqdm(pending, desc=experiment, unit="group", leave=False):
         if budget_s is not None and time.perf_counter() - start >= budget_s:
             break
