@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from blockvit import clocks
 from blockvit.bench import Effort, interleave
 from blockvit.clocks import Clock, ColdCudaClock, Cuda, CudaClock, Timing, clock_for, cuda_graph
 
@@ -117,39 +116,43 @@ def test_interleaving_on_a_simulated_gpu(monkeypatch):
     assert timings["slow"].median == pytest.approx(6e-5)
 
 
-def spinning(seconds: float):
-    """A thread that keeps a core busy, as an engine's workers do after a call."""
-    end = time.perf_counter() + seconds
+class Spinning:
+    """Time in which threads keep a core busy for ``seconds``, as an engine's workers do after a call."""
 
-    def spin():
-        while time.perf_counter() < end:
-            pass
+    def __init__(self, seconds: float, monkeypatch):
+        self.now, self.seconds = 0.0, seconds
+        for name in ("perf_counter", "process_time", "sleep"):
+            monkeypatch.setattr(clocks.time, name, getattr(self, name))
 
-    thread = threading.Thread(target=spin)
-    thread.start()
-    return thread
+    def perf_counter(self) -> float:
+        return self.now
 
+    def process_time(self) -> float:
+        return min(self.now, self.seconds)
 
-def test_a_sample_begins_when_the_threads_of_the_call_before_have_come_to_rest():
-    called = []
-    thread = spinning(0.05)
-    Clock().ready(lambda: called.append(thread.is_alive()), 1e-3)
-    assert called and not any(called), "the spinning was over when a short call was made untimed"
-    Clock().ready(lambda: called.append("long"), 1.0)
-    assert "long" not in called, "a long call needs none"
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_a_short_call_is_warmed_up_for_a_while():
-    called = []
-    Clock().ready(lambda: called.append(time.perf_counter()), 1e-3)
-    assert called[-1] - called[0] > Clock.WARM / 2
+def test_a_sample_begins_when_the_threads_of_the_call_before_have_come_to_rest(monkeypatch):
+    time, called = Spinning(0.05, monkeypatch), []
+
+    def call():
+        called.append(time.now)
+        time.sleep(1e-3)
+
+    Clock().ready(call, 1e-3)
+    assert called[0] >= 0.05, "the spinning was over when a short call was made untimed ..."
+    assert called[-1] - called[0] == pytest.approx(Clock.WARM, abs=2e-3), "... for a while"
+    before = len(called)
+    Clock().ready(call, 1.0)
+    assert len(called) == before, "a long call needs none"
 
 
-def test_it_does_not_wait_for_ever():
-    thread, began = spinning(1.0), time.perf_counter()
+def test_it_does_not_wait_for_ever(monkeypatch):
+    time = Spinning(1.0, monkeypatch)
     Clock().ready(lambda: None, 1.0)
-    assert time.perf_counter() - began < 0.9
-    thread.join()
+    assert time.now < 0.9
 
 
 def test_clock_for():

@@ -423,7 +423,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_runs_on_a_gpu_when_asked_for_and_auto_waits_until_one_has_run_it(hopper, dtype, block_size):
     assert resolve("triton", CUDA, dtype, block_size, 0.9).name == "triton"
-    assert resolve("auto", CUDA, dtype, block_size, 0.9).name == "torch"
+    theirs = "torch" if dtype != torch.float32 or block_size <= 64 else "triton"  # PyTorch's takes minutes to compile
+    assert resolve("auto", CUDA, dtype, block_size, 0.9).name == theirs
 
 
 @plain
