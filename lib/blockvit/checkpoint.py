@@ -26,7 +26,7 @@ from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
 from .models import num_classes
 from .patches import PatchEmbedding, is_patch_embedding
-from .targets import replace_modules
+from .targets import all_or_nothing, replace_modules
 
 FORMAT = 1
 
@@ -182,7 +182,7 @@ def load(
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
-            ``model``; or ``model`` is needed and missing.
+            ``model``, which is then as it was; or ``model`` is needed and missing.
     """
     check_fuse(fuse_mlp)
     path = Path(path)
@@ -200,18 +200,19 @@ def load(
                 "pass a dense model of that architecture: blockvit.load(path, model)"
             )
         model = _build(metadata["architecture"])
-    if metadata["attention"]:
-        expose_projections(model)
+    with all_or_nothing(model):
+        if metadata["attention"]:
+            expose_projections(model)
+        try:
+            _place_layers(model, metadata, tensors, backend)
+        except AttributeError as error:
+            raise ValueError(
+                f"{path} holds a {metadata['model']} that {type(model).__name__} cannot take: {error}"
+            ) from None
+        problems = mismatches(model, tensors)
+        if problems:
+            raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
     turn_off_fused_paths(model)
-    try:
-        _place_layers(model, metadata, tensors, backend)
-    except AttributeError as error:
-        raise ValueError(
-            f"{path} holds a {metadata['model']} that {type(model).__name__} cannot take: {error}"
-        ) from None
-    problems = mismatches(model, tensors)
-    if problems:
-        raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
     if not from_file_alone:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:  # a half-precision file gives a half-precision model
@@ -255,7 +256,7 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
     embeddings = metadata.get("patch_embeddings", {})  # files of before there were any have no such entry
     within = {f"{name}.linear" for name in embeddings}
     layers = {name: layer for name, layer in metadata["layers"].items() if name not in within}
-    replacements = {  # at once, so that an error leaves all layers as they were
+    replacements = {
         **{name: partial(place_patches, name, *sizes) for name, sizes in embeddings.items()},
         **{name: partial(place, name, layer) for name, layer in layers.items()},
         **{name: lambda _: nn.Identity() for name in metadata["identities"]},

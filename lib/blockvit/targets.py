@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -206,3 +207,16 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Mo
     for name in replacements:
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, made[id(old[name])])
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If what is done within fails, every submodule of ``model`` stands again where it stood."""
+    before = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
