@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -152,10 +153,35 @@ def test_projections_are_plain_linears_and_share_parameters():
     assert not ours.training and not ours.qkv.training
 
 
-@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_unsupported_options(option):
-    with pytest.raises(NotImplementedError, match="add_bias_kv or add_zero_attn is not supported; build the model"):
-        expose_projections(nn.Sequential(nn.MultiheadAttention(EMBED, HEADS, **{option: True})))
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn", "hook"])
+def test_what_cannot_be_exchanged_stays_and_only_its_projection_is_refused(option):
+    model = nn.Sequential(OrderedDict(attention=nn.MultiheadAttention(EMBED, HEADS), mlp=nn.Linear(EMBED, EMBED)))
+    if option == "hook":
+        model.attention.register_forward_hook(print)
+    else:
+        model.attention = nn.MultiheadAttention(EMBED, HEADS, **{option: True})
+    attention = model.attention
+    with pytest.raises(ValueError, match=r"attention\.out_proj: MultiheadAttention reads its weight"):
+        blockvit.sparsify(model, 0.5, 4, targets="out_proj")
+    blockvit.sparsify(model, 0.5, 4, targets="mlp")
+    assert model.attention is attention
+    if option != "hook":
+        with pytest.raises(NotImplementedError, match="add_bias_kv or add_zero_attn is not supported; build the model"):
+            MultiheadAttention.from_torch(attention)
+
+
+def test_a_frozen_attention_stays_frozen():
+    model = nn.Sequential(nn.MultiheadAttention(EMBED, HEADS, kdim=10, vdim=12)).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in expose_projections(model).parameters())
+
+
+def test_wrong_keys_and_masks_are_named():
+    ours = MultiheadAttention.from_torch(nn.MultiheadAttention(EMBED, HEADS, batch_first=True))
+    query = torch.randn(2, 3, EMBED)
+    with pytest.raises(ValueError, match=r"key is \(2, 5, .* value \(2, 4, .* expected as many of each"):
+        ours(query, torch.randn(2, 5, EMBED), torch.randn(2, 4, EMBED), need_weights=False)
+    with pytest.raises(TypeError, match=r"a mask is torch\.int64; expected torch\.bool"):
+        ours(query, query, query, attn_mask=torch.ones(3, 3, dtype=torch.long))
 
 
 def test_the_model_must_not_be_the_attention_itself():

@@ -119,11 +119,15 @@ def test_weight_must_be_two_dimensional():
         BSRMatrix.from_dense(torch.ones(2, 3, 4), 2)
 
 
+def indices(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def parts(**changes) -> dict:
     """A valid 4x6 matrix in blocks of 2, with some parts exchanged."""
     valid = {
-        "crow_indices": torch.tensor([0, 2, 3], dtype=torch.int32),
-        "col_indices": torch.tensor([0, 2, 1], dtype=torch.int32),
+        "crow_indices": indices([0, 2, 3]),
+        "col_indices": indices([0, 2, 1]),
         "values": torch.ones(3, 2, 2),
         "shape": (4, 6),
     }
@@ -135,8 +139,11 @@ def parts(**changes) -> dict:
     [
         ({"values": torch.ones(3, 2, 3)}, r"values have shape \(3, 2, 3\); expected \(stored blocks"),
         ({"values": torch.ones(12)}, r"values have shape \(12,\)"),
-        ({"crow_indices": torch.tensor([0, 3])}, r"crow_indices have shape \(2,\); expected \(3,\) for a 4x6"),
-        ({"col_indices": torch.tensor([0, 2])}, r"col_indices have shape \(2,\); expected \(3,\)"),
+        (
+            {"crow_indices": indices([0, 3])},
+            r"crow_indices have shape \(2,\); expected \(3,\) for a 4x6",
+        ),
+        ({"col_indices": indices([0, 2])}, r"col_indices have shape \(2,\); expected \(3,\)"),
     ],
 )
 def test_wrong_shapes_are_refused_at_construction(changes, message):
@@ -147,13 +154,22 @@ def test_wrong_shapes_are_refused_at_construction(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crow_indices": torch.tensor([1, 2, 3])}, "crow_indices must rise from 0"),
-        ({"crow_indices": torch.tensor([0, 2, 2])}, "crow_indices must rise from 0 to the number of stored blocks"),
-        ({"crow_indices": torch.tensor([0, 4, 3])}, "crow_indices must rise"),
-        ({"col_indices": torch.tensor([0, 3, 1])}, r"col_indices must lie in \[0, 3\); got 0 to 3"),
-        ({"col_indices": torch.tensor([-1, 2, 1])}, r"col_indices must lie in \[0, 3\); got -1 to 2"),
-        ({"col_indices": torch.tensor([2, 0, 1])}, "col_indices must ascend within each block row"),
-        ({"col_indices": torch.tensor([1, 1, 1])}, "col_indices must ascend within each block row, without repeats"),
+        ({"crow_indices": indices([1, 2, 3])}, "crow_indices must rise from 0"),
+        (
+            {"crow_indices": indices([0, 2, 2])},
+            "crow_indices must rise from 0 to the number of stored blocks",
+        ),
+        ({"crow_indices": indices([0, 4, 3])}, "crow_indices must rise"),
+        ({"col_indices": indices([0, 3, 1])}, r"col_indices must lie in \[0, 3\); got 0 to 3"),
+        (
+            {"col_indices": indices([-1, 2, 1])},
+            r"col_indices must lie in \[0, 3\); got -1 to 2",
+        ),
+        ({"col_indices": indices([2, 0, 1])}, "col_indices must ascend within each block row"),
+        (
+            {"col_indices": indices([1, 1, 1])},
+            "col_indices must ascend within each block row, without repeats",
+        ),
     ],
 )
 def test_wrong_indices_are_refused_by_check_indices(changes, message):
@@ -171,3 +187,21 @@ def test_a_matrix_without_blocks():
     matrix = BSRMatrix.from_dense(torch.zeros(5, 7), 4).check_indices()
     assert (matrix.nnz, matrix.sparsity) == (0, 1.0)
     assert torch.equal(matrix.to_dense(), torch.zeros(5, 7))
+
+
+def test_indices_are_checked_whatever_the_default_device():
+    matrix = BSRMatrix.from_dense(torch.eye(8), 2)
+    torch.set_default_device("meta")
+    try:
+        assert matrix.check_indices() is matrix
+    finally:
+        torch.set_default_device(None)
+
+
+def test_types_are_checked():
+    matrix = BSRMatrix.from_dense(torch.eye(8), 2)
+    crow, col, values, shape = matrix.crow_indices, matrix.col_indices, matrix.values, matrix.shape
+    with pytest.raises(ValueError, match=r"col_indices are torch\.int64; expected torch\.int32"):
+        BSRMatrix(crow, col.long(), values, shape).check_indices()
+    with pytest.raises(ValueError, match=r"values are torch\.int32; expected a floating point type"):
+        BSRMatrix(crow, col, values.int(), shape).check_indices()

@@ -354,3 +354,48 @@ def test_patches_of_another_size_are_an_error(path):
     save(with_patches_on_a_kernel(), path)
     with pytest.raises(ValueError, match=r"conv_proj embeds patches by \(32, 3, 4, 4\) in the file, \(32, 3, 8, 8\)"):
         load(path, vit(patch_size=8))
+
+
+def test_a_model_without_memory_takes_the_files_tensors(path):
+    model = blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(Mlp(), 0.5, BLOCK, targets="layers.0")), BLOCK)
+    save(model.eval(), path)
+    with torch.device("meta"):
+        empty = Mlp()
+    loaded, x = load(path, empty), torch.randn(3, 16)
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    torch.testing.assert_close(loaded(x), model(x))
+    half = Mlp()
+    half.norm.to("meta")
+    with pytest.raises(ValueError, match=r"part of Mlp is on the meta device; call model\.to_empty"):
+        load(path, half)
+
+
+@pytest.mark.parametrize("damage", ["no JSON", "no layers", "no values", "int64 indices"])
+def test_damaged_contents_are_told_with_the_file(path, damage):
+    save(sparse_mlp(), path)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["blockvit"])
+    if damage == "no layers":
+        del metadata["layers"]
+    if damage == "no values":
+        del tensors["layers.0.values"]
+    if damage == "int64 indices":
+        tensors["layers.0.col_indices"] = tensors["layers.0.col_indices"].long()
+    text = "{" if damage == "no JSON" else json.dumps(metadata)
+    safetensors.torch.save_file(tensors, path, metadata={"blockvit": text})
+    message = "col_indices are torch.int64" if damage == "int64 indices" else rf"{path}.*damaged"
+    with pytest.raises(ValueError, match=message):
+        load(path, Mlp())
+
+
+class Extra(nn.Identity):
+    def get_extra_state(self):
+        return {"k": 5}
+
+
+def test_state_that_is_no_tensor_is_told_of(path):
+    model = sparse_mlp()
+    model.norm = Extra()
+    with pytest.warns(UserWarning, match=r"not saved, because it is no tensor: norm\._extra_state"):
+        save(model, path)

@@ -10,6 +10,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import blockvit
 from blockvit import (
@@ -529,3 +530,52 @@ def test_random_block_mask_drops_as_many_blocks_as_a_supermask(rows, cols, block
     zero = blockvit.bsr.zero_blocks(weight, block_size)
     assert blocks - int(zero.sum()) == blockvit.masks.num_kept(blocks, sparsity)
     assert weight.unique().tolist() in ([0, 1], [1])
+
+
+def test_the_dense_backend_leaves_alone_what_is_to_be_skipped():
+    model = folded_vit(targets="mlp")
+    head = model.heads.head
+    to_block_sparse(model, 16, dense_backend="gather", skip=("head", "conv_proj"))
+    assert model.heads.head is head and type(model.conv_proj) is nn.Conv2d
+    assert isinstance(model.encoder.layers.encoder_layer_0.self_attention.qkv, BlockSparseLinear)
+
+
+def test_options_are_checked_before_anything_is_looked_at():
+    with pytest.raises(ValueError, match="min_sparsity is nan; expected a fraction"):
+        to_block_sparse(folded_vit(), 16, min_sparsity=float("nan"))
+    with pytest.raises(ValueError, match="backend is 'gahter'"):
+        to_block_sparse(folded_vit(), 16, targets="mlp", dense_backend="gahter")
+    with pytest.raises(ValueError, match="fuse_mlp is 1; expected True, False or 'auto'"):
+        to_block_sparse(folded_vit(), 16, fuse_mlp=1)
+
+
+def test_an_empty_list_skips_nothing():
+    assert layer_fates(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), 8, skip=[])[0].fate == "dense"
+    assert layer_fates(nn.Sequential(nn.LazyLinear(8)), 8)[0].reason.startswith("not initialised")
+
+
+def test_bytes_of_wrapped_tensors_and_of_models_without_memory():
+    model = nn.Linear(8, 8, bias=False)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(8, 4), torch.zeros(8, 4)), requires_grad=False)
+    assert model_bytes(model) == 2 * 4 * 8 * 4, "as 2:4 sparsity does, it wraps tensors and has no memory of its own"
+    with torch.device("meta"):
+        assert model_bytes(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 20))) == 4 * (100 + 10 + 200 + 20)
+
+
+@pytest.mark.parametrize("damage", ["indices", "a part missing"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(damage, strict):
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].weight.data[:32] = 0
+    to_block_sparse(model, 32, "gather")
+    x, state = torch.randn(3, 64), dict(model.state_dict())
+    before = model(x)
+    if damage == "indices":
+        state["0.col_indices"] = state["0.col_indices"] + 7
+    else:
+        state["0.values"] = state.pop("0.values")[:1].clone()
+        del state["0.col_indices"]
+    with pytest.raises(RuntimeError, match="0: no BSR weight of this layer"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model(x), before)
+    model.to(torch.float64)(x.double())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
+from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends, to_block_sparse
 from blockvit import linear as linear_module
 from blockvit.bsr import block_view
 from blockvit.kernels import Backend, register, registry, resolve
@@ -129,6 +129,32 @@ def test_second_derivatives_and_forward_mode_equal_dense(backend, activation):
 
     for derivative in (second, forward):
         torch.testing.assert_close(derivative(sparse), derivative(dense), rtol=1e-4, atol=1e-4)
+
+
+@every_backend
+def test_transforms_of_torch_func_equal_dense(backend):
+    linear = linear_with_zero_blocks(20, 12, 8, 0.5)
+    sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend, activation="gelu")
+    x = torch.randn(5, 12)
+
+    def dense(v):
+        return ACTIVATIONS["gelu"](linear(v))
+
+    for transform in (
+        lambda layer: torch.func.grad(lambda v: layer(v).square().sum())(x),
+        lambda layer: torch.func.vmap(torch.func.grad(lambda v: layer(v).square().sum()))(x),
+        lambda layer: torch.func.jacrev(layer)(x),
+        lambda layer: torch.func.vmap(layer)(x[:, None]),
+    ):
+        torch.testing.assert_close(transform(sparse), transform(dense), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gather", "dense"])
+def test_is_traced_by_torch_jit(backend):
+    model = nn.Sequential(linear_with_zero_blocks(20, 12, 8, 0.5)).requires_grad_(False)
+    model = to_block_sparse(model, 8, backend)
+    traced, x = torch.jit.trace(model, torch.randn(5, 12)), torch.randn(5, 12)
+    torch.testing.assert_close(traced(x), model(x))
 
 
 @every_backend
@@ -363,7 +389,7 @@ def test_loading_keeps_the_modules_dtype_as_a_dense_layer_does():
 def test_loading_damaged_indices_is_an_error():
     sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(16, 16, 8, 1.0), 8)
     state = sparse.state_dict() | {"col_indices": torch.tensor([0, 9, 0, 1], dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"col_indices must lie in \[0, 2\)"):
+    with pytest.raises(RuntimeError, match=r"col_indices must lie in \[0, 2\)"):
         sparse.load_state_dict(state)
 
 

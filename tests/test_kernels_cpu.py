@@ -380,6 +380,14 @@ def test_two_processes_build_at_once_and_the_next_takes_the_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_compiler_may_have_arguments(tmp_path):
+    compiler, *_ = build.find_compiler()
+    environment = {"BLOCKVIT_CACHE": str(tmp_path), "CXX": f"{compiler} -pipe"}
+    assert answer(run_python(TRIES, **environment))[:2] == ["cpu", "0"]
+    assert list((tmp_path / "kernels").glob("*.so"))
+
+
+@pytest.mark.slow
 def test_a_cpu_without_avx_gets_a_library_of_its_own(tmp_path):
     environment = {"BLOCKVIT_CACHE": str(tmp_path), "ATEN_CPU_CAPABILITY": "default"}
     assert answer(run_python(TRIES, **environment))[:3] == ["cpu", "0", "baseline"]
@@ -455,8 +463,8 @@ def test_the_kernel_alone_is_clean_under_sanitizers(tmp_path, variant):
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}")
-    if subprocess.run([compiler, *sanitize, empty, "-o", tmp_path / "empty"], capture_output=True).returncode:
-        pytest.skip(f"{compiler} cannot link with -fsanitize=address,undefined; install libasan and libubsan")
+    if subprocess.run([*compiler, *sanitize, empty, "-o", tmp_path / "empty"], capture_output=True).returncode:
+        pytest.skip(f"{compiler[0]} cannot link with -fsanitize=address,undefined; install libasan and libubsan")
     program = tmp_path / "test"
     flags = [
         *build.FLAGS,
@@ -469,7 +477,7 @@ def test_the_kernel_alone_is_clean_under_sanitizers(tmp_path, variant):
         *build.ISA_FLAGS[build.isa()],
     ]
     sources = [f"-I{build.SOURCES}", TESTS / "cpu_linear_test.cpp", "-pthread", "-o", program]
-    subprocess.run([compiler, *flags, *sanitize, *VARIANTS[variant], *sources], check=True)
+    subprocess.run([*compiler, *flags, *sanitize, *VARIANTS[variant], *sources], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("0 failures")
@@ -483,7 +491,7 @@ def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
         compiler = build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    if subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0] != "x86_64":
+    if subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0] != "x86_64":
         pytest.skip("these instruction sets are those of x86-64")
     library = build.Library("cpu_linear.cpp", isa)
     subprocess.run(library.command(compiler, tmp_path / "library.so"), check=True)

@@ -113,10 +113,11 @@ def wait_until(condition, seconds=120):  # a new process imports torch first, wh
 def sleepers(tmp_path):
     """A process whose two workers are busy for ten minutes, and the workers' process ids."""
     script = f"""
-        import sys; sys.path.insert(0, {str(HERE)!r})
+        import signal, sys; sys.path.insert(0, {str(HERE)!r})
         from functools import partial
         from blockvit.parallel import map_cells
         from test_parallel import note_and_sleep
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore it
         if __name__ == "__main__":
             list(map_cells(partial(note_and_sleep, folder={str(tmp_path / "pids")!r}), [1, 2, 3], workers=2))
     """

@@ -432,3 +432,38 @@ def test_products_of_the_backward_pass(backend, density, dtype, tolerance):
     for product, expected in zip(products, exact, strict=True):
         assert product.dtype == dtype
         assert (product.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_a_failure_leaves_the_model_masked():
+    net = model()
+    with torch.no_grad():
+        net[2].scores[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        trained_sparse(net)
+    assert type(net[0]) is type(net[2]) is SupermaskLinear
+    nn.init.normal_(net[2].scores)
+    assert type(trained_sparse(net)[0]) is SparseSupermaskLinear
+    net(batches(1)[0])
+
+
+def test_steps_are_counted_once_after_an_end():
+    net = model()
+    optimizer = adam(net)
+    for _ in range(2):
+        train_sparse(net, optimizer, refresh_every=4)
+        ages = []
+        for x in batches(3):
+            backward(net, x)
+            optimizer.step()
+            ages.append(net[0]._age)
+        assert ages == [1, 2, 3]
+        end_sparse(net)
+
+
+def test_a_subclass_is_refused_with_the_order_to_call_in():
+    net = model()
+    torch.nn.utils.parametrize.register_parametrization(net[0], "bias", nn.Identity())
+    with pytest.raises(ValueError, match=r"0 is a ParametrizedSupermaskLinear, a subclass .* call train_sparse before"):
+        trained_sparse(net)
+    with pytest.raises(ValueError, match=r"refresh_every is 1\.5; expected a number of optimizer steps"):
+        trained_sparse(model(), refresh_every=1.5)

@@ -265,3 +265,13 @@ def test_the_layers_with_masks_and_those_left_out():
     assert set(masked) == {*MLP, *OUT_PROJ, "heads.head"}
     assert {name for name in masked if superblock.is_left_out(name)} == set(OUT_PROJ)
     assert not any(superblock.is_left_out(name, True) for name in masked)
+
+
+def test_a_model_that_cannot_be_masked_keeps_its_weights(tmp_path):
+    file = write({"model": published().state_dict()}, tmp_path, "sp0.80-ts8.pth")
+    model = vit()
+    model.get_submodule(MLP[0]).register_forward_hook(print)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="has hooks"):
+        load_superblock(file, model, sparsity=0.8, block_size=BLOCK, fold=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

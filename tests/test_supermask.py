@@ -380,6 +380,14 @@ def test_training_under_autocast_keeps_single_precision_gradients(method):
         torch.testing.assert_close(one.float(), other, atol=0.03 * float(other.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("value", [1e-4, 8.0, 300.0])
+def test_norms_and_means_of_half_precision_are_taken_in_single_precision(value):
+    weight = torch.full((256, 256), value, dtype=torch.float16)
+    expected = weight[0, 0].float()
+    torch.testing.assert_close(block_means(weight, 256)[0, 0].float(), expected)
+    torch.testing.assert_close(block_norms(weight, 64)[0, 0].float(), 64 * expected, rtol=1e-3, atol=0)
+
+
 def test_half_precision_products_add_up_in_single_precision():
     layer = SupermaskLinear(259, 259, sparsity=0.5, block_size=259, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -1047,3 +1055,53 @@ def test_hooks_on_a_masked_layer_keep_it_from_being_folded():
     assert len(supermask_layers(model)) == 2
     hook.remove()
     blockvit.fold(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_made_without_memory_takes_a_checkpoint(method):
+    def make():
+        return sparsify(nn.Sequential(nn.Linear(64, 64)), 0.5, 16, targets="*", method=method)
+
+    with torch.device("meta"):
+        model = make()
+    trained, x = make(), torch.randn(2, 64)
+    model.load_state_dict(trained.state_dict(), assign=True)
+    torch.testing.assert_close(model(x), trained(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), trained(x))
+
+
+@pytest.mark.parametrize("scores", ["kaiming", "magnitude", "constant"])
+def test_reset_parameters_resets_the_scores(scores):
+    with torch.device("meta"):
+        model = sparsify(nn.Sequential(nn.Linear(64, 64), nn.Conv2d(3, 32, 4)), 0.5, 16, targets="*", scores=scores)
+    model.to_empty(device="cpu")
+    for layer in model:
+        nn.init.constant_(layer.scores, float("nan"))
+        layer.reset_parameters()
+        assert layer.scores.isfinite().all() and layer.weight.isfinite().all()
+        assert (layer.scores == 0).all() == (scores == "constant")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_spartan_does_not_ask_for_the_default_dtype(dtype):
+    weight, x = torch.randn(64, 64), torch.randn(2, 64)
+
+    def outputs():
+        layer = SupermaskLinear(64, 64, sparsity=0.5, block_size=16, method="spartan", dtype=torch.float32)
+        layer.weight.data.copy_(weight)
+        nn.init.zeros_(layer.bias)
+        return layer(x)
+
+    expected = outputs()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.testing.assert_close(outputs(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_layer_that_was_never_initialised_is_in_no_ones_way():
+    model = nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.Linear(64, 64))
+    sparsify(model, 0.5, 16, targets="2")
+    with pytest.raises(ValueError, match=r"0: it is not initialised; call the model once first"):
+        sparsify(nn.Sequential(nn.LazyLinear(64)), 0.5, 16, targets="0")

@@ -229,6 +229,19 @@ def test_evaluate_counts_every_picture_once_and_restores_the_mode():
     assert model.training
 
 
+def test_evaluate_restores_the_mode_of_every_part_also_after_an_error():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("on purpose")
+
+    parts = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Identity(), Fails())
+    parts.train()
+    parts[0].eval()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train.evaluate(parts, tiny_data(4).test)
+    assert [part.training for part in parts] == [False, True, True] and parts.training
+
+
 # Learning rate, parameter groups, averages
 
 

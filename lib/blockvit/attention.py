@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .targets import replace_modules
+from .targets import is_hooked, replace_modules
 
 
 class MultiheadAttention(nn.Module):
@@ -58,7 +58,8 @@ class MultiheadAttention(nn.Module):
             biases = (None, None, None) if bias is None else bias.detach().chunk(3)
             for name, b in zip("qkv", biases, strict=True):
                 weight = getattr(mha, f"{name}_proj_weight")
-                setattr(new, f"{name}_proj", _linear(weight, None if b is None else nn.Parameter(b.clone())))
+                b = None if b is None else nn.Parameter(b.clone(), requires_grad=bias.requires_grad)
+                setattr(new, f"{name}_proj", _linear(weight, b))
         new.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
         return new.train(mha.training)
 
@@ -89,6 +90,10 @@ class MultiheadAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
 
+        if key.shape[:2] != value.shape[:2]:
+            raise ValueError(
+                f"key is {tuple(key.shape)} and value {tuple(value.shape)}, (N, S, width); expected as many of each"
+            )
         q, k, v = (self._split_heads(t) for t in self._project(query, key, value, shared_input))
         mask = self._merge_masks(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
@@ -146,6 +151,8 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    if not mask.is_floating_point():
+        raise TypeError(f"a mask is {mask.dtype}; expected torch.bool, True where attention is not allowed, or floats")
     return mask.to(like.dtype)
 
 
@@ -171,6 +178,11 @@ def rename_packed_projection(
             state_dict[f"{prefix}{part}_proj.weight"] = state_dict.pop(f"{prefix}{part}_proj_weight")
 
 
+def _is_exchangeable(module: nn.Module) -> bool:
+    plain = type(module) is nn.MultiheadAttention and not is_hooked(module)
+    return plain and module.bias_k is None and not module.add_zero_attn
+
+
 def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``model`` by name, as they would be after ``expose_projections``; ``model`` is left as it is."""
     _check_not_attention(model)
@@ -180,7 +192,7 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if within is not None and name.startswith(within):
             continue
-        if type(module) is nn.MultiheadAttention:
+        if _is_exchangeable(module):
             within = f"{name}."
             if id(module) not in made:
                 made[id(module)] = MultiheadAttention.from_torch(module)
@@ -193,15 +205,16 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
 def expose_projections(model: nn.Module) -> nn.Module:
     """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs.
 
-    Subclasses stay as they are, because they may compute otherwise. PyTorch's fused inference paths, which read the
-    weights of a whole ``nn.TransformerEncoderLayer`` without calling its modules, are turned off for them too.
+    Subclasses stay as they are, because they may compute otherwise, and so do those with hooks, ``add_bias_kv`` or
+    ``add_zero_attn``: to mask their ``out_proj`` is an error, see ``targets.obstacles``. PyTorch's fused inference
+    paths, which read the weights of a whole ``nn.TransformerEncoderLayer`` without calling its modules, are turned off
+    for all of them.
 
     Raises:
-        ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has hooks or computed weights.
-        NotImplementedError: one was made with ``add_bias_kv`` or ``add_zero_attn``.
+        ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has computed weights.
     """
     _check_not_attention(model)
-    found = [name for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.MultiheadAttention]
+    found = [name for name, module in model.named_modules(remove_duplicate=False) if _is_exchangeable(module)]
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
     turn_off_fused_paths(model)
     return model

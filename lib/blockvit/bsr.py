@@ -79,6 +79,11 @@ class BSRMatrix:
         Apart from the shape checks at construction because it reads every index (on a GPU: waits for the device).
         Whoever takes indices from outside calls it once.
         """
+        for name in ("crow_indices", "col_indices"):
+            if (dtype := getattr(self, name).dtype) != torch.int32:
+                raise ValueError(f"{name} are {dtype}; expected torch.int32")
+        if not self.values.is_floating_point():
+            raise ValueError(f"values are {self.values.dtype}; expected a floating point type")
         block_cols = self.block_shape[1]
         crow, col = self.crow_indices.long().cpu(), self.col_indices.long().cpu()
         if crow[0] != 0 or crow[-1] != self.nnz or (crow.diff() < 0).any():
@@ -86,7 +91,7 @@ class BSRMatrix:
         if self.nnz and (col.min() < 0 or col.max() >= block_cols):
             raise ValueError(f"col_indices must lie in [0, {block_cols}); got {int(col.min())} to {int(col.max())}")
         # Ascending within each row <=> (row, col) pairs strictly ascend in storage order.
-        flat = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff()) * block_cols + col
+        flat = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff()) * block_cols + col
         if (flat.diff() <= 0).any():
             raise ValueError("col_indices must ascend within each block row, without repeats; sort the blocks first")
         return self

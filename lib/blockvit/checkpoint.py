@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,8 @@ def save(
         },
         "identities": [name for name, m in modules.items() if type(m) is nn.Identity],
     }
+    if extra := [name for name, state in model.state_dict().items() if not isinstance(state, Tensor)]:
+        warnings.warn(f"not saved, because it is no tensor: {', '.join(extra)}", stacklevel=2)
     # Tied weights are written once for each name: safetensors holds no aliases.
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in _state(model).items()}
     path = Path(path)
@@ -153,8 +156,12 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); save or copy it again") from error
     if header is None:
         raise ValueError(f"{path} was not written by blockvit.save: it holds no 'blockvit' metadata")
-    metadata = json.loads(header)
-    if metadata["format"] != FORMAT:
+    try:
+        metadata = json.loads(header)
+        known = metadata["format"] == FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has damaged metadata ({error!r}); save or copy it again") from error
+    if not known:
         raise ValueError(
             f"{path} has format {metadata['format']}; this version reads format {FORMAT}: convert the model again"
         )
@@ -183,6 +190,7 @@ def load(
         FileNotFoundError: no such file.
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
             ``model``, which is then as it was; or ``model`` is needed and missing.
+        BackendUnavailableError: the backend asked for cannot run here.
     """
     check_fuse(fuse_mlp)
     path = Path(path)
@@ -192,14 +200,14 @@ def load(
             f"{path} was made from another source (sha256 {metadata['source_sha256']}) than the one given; "
             "convert and save the model again"
         )
-    from_file_alone = model is None
-    if from_file_alone:
+    if model is None:
         if metadata["architecture"] is None:
             raise ValueError(
                 f"{path} holds a {metadata['model']}, which cannot be built from the file alone; "
                 "pass a dense model of that architecture: blockvit.load(path, model)"
             )
         model = _build(metadata["architecture"])
+    assign = _is_meta(model)
     with all_or_nothing(model):
         if metadata["attention"]:
             expose_projections(model)
@@ -209,18 +217,31 @@ def load(
             raise ValueError(
                 f"{path} holds a {metadata['model']} that {type(model).__name__} cannot take: {error}"
             ) from None
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged: it holds no {error}; save or copy it again") from None
         problems = mismatches(model, tensors)
         if problems:
             raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
     turn_off_fused_paths(model)
-    if not from_file_alone:
+    if not assign:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in tensors:  # a half-precision file gives a half-precision model
                 tensor.data = tensor.data.to(tensors[name].dtype)
     placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
-    model.load_state_dict(rest, strict=False, assign=from_file_alone)
+    model.load_state_dict(rest, strict=False, assign=assign)
     return fuse_mlps(model.eval(), fuse_mlp)
+
+
+def _is_meta(model: nn.Module) -> bool:
+    """Whether ``model`` has no memory yet, so that it takes the file's tensors instead of copies of them."""
+    on_meta = {tensor.is_meta for tensor in (*model.parameters(), *model.buffers())}
+    if len(on_meta) > 1:
+        raise ValueError(
+            f"part of {type(model).__name__} is on the meta device; call model.to_empty(device='cpu') first, or leave "
+            "all of it there"
+        )
+    return on_meta == {True}
 
 
 def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> None:

@@ -10,10 +10,12 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attention import expose_projections, exposed_modules
 from .bsr import check_block_size, zero_blocks
-from .kernels import cpu, resolve
+from .kernels import cpu, named, resolve
 from .linear import BlockSparseLinear, dense_warning
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
@@ -24,10 +26,11 @@ from .targets import Targets, check_not_hooked, is_hooked, matching, obstacles, 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Multiply each supermask into its weight, in place; returns ``model``, made of plain layers again.
+    """Multiply each supermask into its weight, in place; returns ``model``, whose masked layers are plain ones again.
 
-    The outputs stay the same to the bit, so it is the sparsity in force that is folded (see ``set_sparsity``). Biases
-    are shared with the masked layers, weights are new.
+    In evaluation mode the outputs stay the same, for contiguous inputs to the bit (of others PyTorch sums in another
+    order), so it is the sparsity in force that is folded (see ``set_sparsity``). Biases are shared with the masked
+    layers, weights are new. Attention stays as ``expose_projections`` made it.
 
     Warns of masked layers that have never been called while others have: something may read their weights, past the
     masks.
@@ -94,7 +97,7 @@ def layer_fates(
     skip: Targets | None = (),
     min_sparsity: float = 0.0,
 ) -> list[LayerFate]:
-    """What ``to_block_sparse`` would do with each linear and convolution of ``model``; takes the same arguments.
+    """What ``to_block_sparse`` would do with each linear and convolution of ``model``, by the same choice of layers.
 
     Attention projections are listed as the modules that they would become. ``model`` is left as it is.
     """
@@ -106,19 +109,25 @@ _LINEAR = nn.Linear, BlockSparseLinear
 
 
 def _chosen(
-    model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets | None, skip: Targets | None
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    targets: Targets | None,
+    skip: Targets | None,
+    types: tuple[type[nn.Module], ...] = _LINEAR,
 ) -> Collection[str]:
     """The names of the layers that ``to_block_sparse`` is asked to look at."""
     if supermask_layers(model):
         raise ValueError("the model still has supermask layers; call blockvit.fold(model) before converting it")
-    if targets is None and (skip is None or skip == ()):  # a model without a linear layer is no error yet
+    if targets is None and not skip:  # a model without a linear layer is no error yet
         return modules
-    return matching(model, targets, skip, types=_LINEAR, modules=modules)
+    return matching(model, targets, skip, types=types, modules=modules)
 
 
 def _fates(
     modules: Mapping[str, nn.Module], chosen: Collection[str], block_size: int, min_sparsity: float
 ) -> list[LayerFate]:
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity is {min_sparsity}; expected a fraction in [0, 1]")
     hindered = obstacles(modules, _LINEAR)
     return [
         _fate(name, module, block_size, hindered.get(name), name in chosen, min_sparsity)
@@ -135,6 +144,8 @@ def _fate(
         shape = (module.out_features, module.in_features)
         fate = _converted(shape, module.block_size)
         return LayerFate(name, kind, shape, module.bsr.sparsity, fate, backend=module.backend.name)
+    if is_lazy(module.weight):
+        return LayerFate(name, kind, (), 0.0, "dense", "not initialised: the model was never called")
     shape = tuple(module.weight.shape)
     if isinstance(module, nn.Conv2d):
         zero = float((module.weight == 0).float().mean())
@@ -199,7 +210,10 @@ def to_block_sparse(
     """
     check_fuse(fuse_mlp)
     modules = exposed_modules(model)
-    chosen = _chosen(model, modules, targets, skip)
+    if dense_backend is None:
+        chosen = _chosen(model, modules, targets, skip)
+    else:
+        chosen = _chosen(model, modules, targets, skip, (*_LINEAR, nn.Conv2d))
     fates = _fates(modules, chosen, check_block_size(block_size), min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
@@ -218,7 +232,9 @@ def to_block_sparse(
         resolve(backend, weight.device, weight.dtype, block_size)
     replacements = dict.fromkeys(converts, convert)
     if dense_backend is not None:
-        replacements |= _place_dense({n: m for n, m in modules.items() if n not in converts}, dense_backend)
+        kept = _chosen(model, modules, None, skip, (*_LINEAR, nn.Conv2d))
+        remaining = {n: m for n, m in modules.items() if n in kept and n not in converts}
+        replacements |= _place_dense(remaining, modules, dense_backend)
     check_not_hooked({name: modules[name] for name in replacements})
     expose_projections(model)
     replace_modules(model, replacements)
@@ -254,8 +270,12 @@ DENSE_BLOCK_SIZE = 32
 """Of layers without zero blocks: wide enough for every panel of outputs, and 1000 classes are padded to 1024 only."""
 
 
-def _place_dense(modules: Mapping[str, nn.Module], backend: str) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """What is to be made of which of the dense layers among ``modules``."""
+def _place_dense(
+    layers: Mapping[str, nn.Module], modules: Mapping[str, nn.Module], backend: str
+) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is to be made of which of the dense ``layers`` among ``modules``."""
+    if backend != "auto":
+        named(backend)
 
     def chosen(layer: nn.Module) -> bool:
         weight = layer.weight
@@ -274,7 +294,7 @@ def _place_dense(modules: Mapping[str, nn.Module], backend: str) -> dict[str, Ca
         return make(layer, DENSE_BLOCK_SIZE, backend=name)
 
     hindered = obstacles(modules, (nn.Linear, nn.Conv2d))
-    layers = {name: module for name, module in modules.items() if name and name not in hindered}
+    layers = {name: module for name, module in layers.items() if name and name not in hindered}
     able = {n: m for n, m in layers.items() if (type(m) is nn.Linear or is_patch_embedding(m)) and not is_hooked(m)}
     return dict.fromkeys([name for name, layer in able.items() if chosen(layer)], convert)
 
@@ -295,9 +315,16 @@ def _fuse_gelu(model: nn.Module) -> None:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, what backends packed included; memory that is shared counts once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    tensors = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the memory of ``tensor``: itself, or those that it wraps, as that of 2:4 sparsity does."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
 @torch.no_grad()

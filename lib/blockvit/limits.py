@@ -80,7 +80,7 @@ def kept_share(rows: pd.DataFrame) -> pd.Series:
     """Share of its weight that each linear layer keeps: the exact share of blocks where there are blocks.
 
     A mask keeps ``n - round(sparsity * (n - 1))`` of its ``n = ceil(out/b) * ceil(in/b)`` blocks (as
-    ``supermask.num_kept``, which needs torch). In small grids this is much more than ``1 - sparsity``: of the 36
+    ``masks.num_kept``, which needs torch). In small grids this is much more than ``1 - sparsity``: of the 36
     blocks of 128 in a 768x768 layer 95% sparsity keeps 3, which are 8.3%. Rows without a block size keep
     ``1 - sparsity`` (2:4), rows without a sparsity keep all (dense).
     """

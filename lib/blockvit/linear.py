@@ -93,7 +93,9 @@ class BlockSparseLinear(nn.Module):
         self._pad_in, self._pad_out = padded_in - self.in_features, padded_out - self.out_features
         self.backend = self._resolve(self.values)
         packed = self.backend.pack(weight)
-        for key, tensor in packed.items():
+        indices = {id(tensor) for tensor in (self.crow_indices, self.col_indices)}
+        for key, tensor in packed.items():  # as tensors of their own: torch.jit.trace takes no buffer of two names
+            tensor = tensor.view_as(tensor) if id(tensor) in indices else tensor
             self.register_buffer(f"_packed_{key}", tensor, persistent=False)
         self._packed_names = tuple(f"_packed_{key}" for key in packed)
         self._packed_in = _PROCESS
@@ -118,11 +120,17 @@ class BlockSparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.
-        for name in ("crow_indices", "col_indices", "values"):
-            if prefix + name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        own = {name: getattr(self, name) for name in ("crow_indices", "col_indices", "values")}
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        try:
+            BSRMatrix(**own | given, shape=(self.out_features, self.in_features)).check_indices()
+        except ValueError as error:
+            # PyTorch raises what is appended, of all modules together; this one stays as it was.
+            args[-1].append(f"{prefix.rstrip('.') or type(self).__name__}: no BSR weight of this layer: {error}")
+            return
+        for name, tensor in given.items():
+            setattr(self, name, own[name].new_empty(tensor.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.bsr.check_indices()
         self._pack()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

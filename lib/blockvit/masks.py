@@ -130,7 +130,7 @@ def _sum_blocks(
     """Sum of ``elementwise(*tensors)`` over each block: shape ``ceil(size / b)`` in every dimension.
 
     It gets some rows of blocks at a time, ``(rows of blocks, elements down a block, elements along a row)``, and last
-    theirs of ``factor``, if that is given, as ``_along_rows`` has it. Half precision adds up in single precision.
+    theirs of ``factor``, if that is given, as ``_along_rows`` has it. Of half precision the sums are single precision.
     """
     rows, start = [], 0
     for parts in zip(*(_rows_of_blocks(tensor, block_size) for tensor in tensors), strict=True):
@@ -145,7 +145,7 @@ def _sum_blocks(
         if padding := (-row_sums.shape[dim]) % lengths[dim]:
             row_sums = F.pad(row_sums, (0, 0) * (row_sums.dim() - 1 - dim) + (0, padding))
         row_sums = row_sums.unflatten(dim, (-1, lengths[dim])).sum(dim + 1)
-    return row_sums.to(tensors[0].dtype)
+    return row_sums
 
 
 def _chunk_rows(part: Tensor) -> int:
@@ -156,21 +156,22 @@ def _chunk_rows(part: Tensor) -> int:
 
 def block_dots(a: Tensor, b: Tensor, block_size: int) -> Tensor:
     """Sum of ``a * b`` over each block."""
-    return _sum_blocks(torch.mul, [a, b], block_size)
+    return _sum_blocks(torch.mul, [a, b], block_size).to(a.dtype)
 
 
 def block_norms(tensor: Tensor, block_size: int) -> Tensor:
     """Euclidean (Frobenius) norm of each block of ``tensor``."""
-    return _sum_blocks(torch.square, [tensor], block_size).sqrt()
+    wide = torch.promote_types(tensor.dtype, torch.float32)  # a square of half precision may be too large for it
+    return _sum_blocks(lambda part: part.to(wide).square(), [tensor], block_size).sqrt().to(tensor.dtype)
 
 
 def block_means(tensor: Tensor, block_size: int) -> Tensor:
     """Mean magnitude of each block of ``tensor``, over the elements that a partial block has."""
-    counts = torch.ones((), device=tensor.device, dtype=tensor.dtype)
+    counts = torch.ones((), device=tensor.device, dtype=torch.promote_types(tensor.dtype, torch.float32))
     for size, length in zip(tensor.shape, _block_lengths(tuple(tensor.shape), block_size), strict=True):
         starts = torch.arange(0, size, length, device=tensor.device)
         counts = counts[..., None] * (size - starts).clamp_max(length)
-    return _sum_blocks(torch.abs, [tensor], block_size) / counts
+    return (_sum_blocks(torch.abs, [tensor], block_size) / counts).to(tensor.dtype)
 
 
 class _MultiplyBlocks(torch.autograd.Function):
@@ -234,8 +235,8 @@ def gradients_from_(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of the weight and of the scores, from ``grad``, that of ``multiply_blocks``' result.
 
-    ``grad`` becomes the weight's, in the pass that reads it for the scores'. ``weight``: None if no scores are to be
-    had. ``factor``: of the weight's gradient; None leaves it as it is.
+    One pass over ``grad`` yields both and overwrites it with the weight's gradient. ``weight``: None if the scores need
+    no gradient. ``factor``: of the weight's gradient; None leaves it as it is.
     """
     if weight is None:
         return grad if factor is None else scale_blocks(grad, factor, block_size), None
@@ -247,15 +248,8 @@ def gradients_from_(
         grad.mul_(factor)
         return products
 
-    return grad, _sum_blocks(product, [grad, weight], block_size, _along_rows(factor, grad, block_size))
-
-
-def inside_functorch() -> bool:
-    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work, which ``_MaskedLinear`` cannot bear.
-
-    Not in compiled code. There is no public question for it; ``torch.autograd.Function.apply`` asks this one.
-    """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    sums = _sum_blocks(product, [grad, weight], block_size, _along_rows(factor, grad, block_size))
+    return grad, sums.to(grad.dtype)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -357,7 +351,7 @@ PROBES, ROUNDS = 16, 6
 
 def _soft_top_k_shift(z: Tensor, kept: Tensor) -> Tensor:
     """The shift for which ``sigmoid(z + shift)`` adds up to ``kept``, of the flat ``z``."""
-    at_mean = torch.logit((kept / z.numel()).clamp_max(1 - 1e-6))
+    at_mean = torch.logit((kept.to(z.dtype) / z.numel()).clamp_max(1 - 1e-6))
     low, high = at_mean - z.max(), at_mean - z.min()  # all sigmoids below the mean that is asked for, or all above it
     steps = torch.linspace(0, 1, PROBES + 1, device=z.device, dtype=z.dtype)
     for _ in range(ROUNDS):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .kernels.registry import forward_mode
 from .kernels.triton.packing import Packed
 from .linear import BlockSparseLinear
 from .targets import is_hooked, replace_modules
+from .transforms import needs_plain_operators
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 """Activations of ``BlockSparseLinear`` by the ``approximate`` of an ``nn.GELU``."""
@@ -114,7 +114,7 @@ class BlockSparseMLP(nn.Sequential):
             first._scheduled
             and second._scheduled
             and not (trained and torch.is_grad_enabled())
-            and not forward_mode()
+            and not needs_plain_operators()
             and all(_may_be_skipped(m) for m in pattern.skipped)
             and (x.dtype == first.values.dtype or torch.is_autocast_enabled(x.device.type))  # which layers cast under
             and x.device == first.values.device
@@ -185,7 +185,7 @@ def _refusal(first: BlockSparseLinear, second: BlockSparseLinear) -> str | None:
 
 def check_fuse(fuse: bool | str) -> None:
     """Raise ``ValueError`` unless it is True, False or ``"auto"``."""
-    if fuse not in (True, False, "auto"):
+    if not (isinstance(fuse, bool) or fuse == "auto"):
         raise ValueError(f"fuse_mlp is {fuse!r}; expected True, False or 'auto'")
 
 

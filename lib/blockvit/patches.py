@@ -59,8 +59,8 @@ class PatchEmbedding(nn.Module):
         p = self.patch_size
         rows, columns = images.shape[2] // p, images.shape[3] // p
         images = images[:, :, : rows * p, : columns * p]
-        patches = images.reshape(len(images), self.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return self.linear(patches).permute(0, 3, 1, 2)
+        patches = images.reshape(images.shape[0], self.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return self.linear(patches.flatten(3)).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
@@ -81,5 +81,5 @@ def beats_convolution(out: int, channels: int, patch_size: int, dtype: torch.dty
         for parameter in conv.parameters():
             parameter.fill_(0.01)
     embedding = PatchEmbedding.from_conv(conv, block_size, backend="cpu")
-    images = torch.full((1, channels, PATCHES * patch_size, PATCHES * patch_size), 0.01, dtype=dtype)
+    images = torch.full((1, channels, PATCHES * patch_size, PATCHES * patch_size), 0.01, dtype=dtype, device="cpu")
     return cpu.beats(lambda: embedding(images), lambda: conv(images))

@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .kernels.registry import constant_in_graphs
-from .masks import gradients_from_, inside_functorch, num_kept
+from .masks import gradients_from_, num_kept
 from .supermask import SupermaskLinear, supermask_layers
+from .transforms import inside_functorch
 
 WEIGHT_GRADS = ("dense", "kept")
 """What of the weight's gradient is computed between refreshes of the mask; see ``train_sparse``."""
@@ -243,11 +244,11 @@ def train_sparse(
         backend: ``"auto"`` or a registered backend's name.
 
     Raises:
-        ValueError: no supermask layer, a layer that ``train_sparse`` has had already, one that ``optimizer`` does not
-            train, or an option out of range.
+        ValueError: no supermask layer, a layer that ``train_sparse`` has had already, one of method ``"spartan"``, one
+            that ``optimizer`` does not train, or an option out of range.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
-    if refresh_every < 1:
+    if not isinstance(refresh_every, int) or refresh_every < 1:
         raise ValueError(f"refresh_every is {refresh_every}; expected a number of optimizer steps, at least 1")
     if weight_grad not in WEIGHT_GRADS:
         raise ValueError(f"weight_grad is {weight_grad!r}; expected one of {WEIGHT_GRADS}")
@@ -257,8 +258,13 @@ def train_sparse(
         raise ValueError(f"{type(model).__name__} has no SupermaskLinear; call blockvit.sparsify(model) first")
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
-        if type(layer) is not SupermaskLinear:
+        if type(layer) is SparseSupermaskLinear:
             raise ValueError(f"{name} is a {type(layer).__name__} already; call train_sparse once for each model")
+        if type(layer) is not SupermaskLinear:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, a subclass that something else has made of it; call train_sparse "
+                "before fully_shard or a parametrization, or train it with its masks as it is"
+            )
         if layer.method == "spartan":
             raise ValueError(f"{name} has method 'spartan', whose kept blocks are weighted; train it as it is")
         weight = layer.weight
@@ -269,11 +275,16 @@ def train_sparse(
                 "mask anew; pass the optimizer that trains this model (not a copy of it), made after sparsify"
             )
         resolve(backend, weight.device, weight.dtype, layer.block_size, layer.sparsity)
-    for layer in {id(layer): layer for layer in layers.values()}.values():
-        # As PyTorch's own lazy and parametrized modules do: hooks, parameters and shared places stay as they are.
-        layer.__class__ = SparseSupermaskLinear
-        layer.start(refresh_every, weight_grad, backend)
-    _count_steps(optimizer, [*{id(layer): layer for layer in layers.values()}.values()])
+    distinct = [*{id(layer): layer for layer in layers.values()}.values()]
+    try:
+        for layer in distinct:
+            # As PyTorch's own lazy and parametrized modules do: hooks, parameters and shared places stay as they are.
+            layer.__class__ = SparseSupermaskLinear
+            layer.start(refresh_every, weight_grad, backend)
+    except BaseException:  # scores that are NaN choose no mask
+        end_sparse(model)
+        raise
+    _count_steps(optimizer, distinct)
     return model
 
 
@@ -285,18 +296,26 @@ def end_sparse(model: nn.Module) -> nn.Module:
     """Undo ``train_sparse``, in place; returns ``model``. A model that it has not had is left alone."""
     for layer in model.modules():
         if isinstance(layer, SparseSupermaskLinear):
+            for counted in _COUNTED.values():
+                counted.discard(layer)
             layer.__class__ = SupermaskLinear
             for name in _OPTIONS_AND_STATE:
-                delattr(layer, name)
+                vars(layer).pop(name, None)
     return model
 
 
+_COUNTED: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[SparseSupermaskLinear]]
+_COUNTED = weakref.WeakKeyDictionary()
+"""The layers whose mask each optimizer's steps age. Weakly: a folded model's masked layers need not outlive it."""
+
+
 def _count_steps(optimizer: torch.optim.Optimizer, layers: list[SparseSupermaskLinear]) -> None:
-    references = [weakref.ref(layer) for layer in layers]  # a folded model's masked layers need not outlive it
+    if optimizer not in _COUNTED:
+        _COUNTED[optimizer] = weakref.WeakSet()
+        optimizer.register_step_post_hook(_stepped)
+    _COUNTED[optimizer].update(layers)
 
-    def stepped(*_: Any) -> None:
-        for reference in references:
-            if isinstance(layer := reference(), SparseSupermaskLinear):
-                layer.stepped()
 
-    optimizer.register_step_post_hook(stepped)
+def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for layer in _COUNTED.get(optimizer, ()):  # none of a copy, which has the hook too
+        layer.stepped()

@@ -122,11 +122,9 @@ def load_superblock(
         raise ValueError(
             f"the checkpoint is of another architecture than {type(model).__name__}:\n" + "\n".join(problems)
         )
-    model.load_state_dict(state)
     if kept:
         sparsify(model, sparsity, block_size, targets=lambda name, module: name in kept)
-        for name, scores in kept.items():
-            model.get_submodule(name).scores.copy_(scores)
+    model.load_state_dict(state | {f"{name}.scores": scores for name, scores in kept.items()})
     return model.eval()
 
 

@@ -27,13 +27,13 @@ from .masks import (
     block_norms,
     check_sparsity,
     highest,
-    inside_functorch,
     masked_linear,
     multiply_blocks,
     num_kept,
     soft_top_k,
 )
 from .targets import Targets, check_not_hooked, matching, per_layer, replace_modules
+from .transforms import inside_functorch
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")
 """What the blog post masks in a ViT: both MLP layers, the attention's output projection, the classification head."""
@@ -97,6 +97,7 @@ class _Supermask:
         self._init_scores(_one_of("scores", scores, SCORES))
 
     def _init_scores(self, how: str) -> None:
+        self._scores_start = how
         self.num_blocks = math.prod(blocks := [-(-size // self.block_size) for size in self.weight.shape])
         self.scores = None
         if self.method in WITH_SCORES:
@@ -112,12 +113,22 @@ class _Supermask:
         device = self.weight.device
         with torch.inference_mode(False):  # a model that is moved there may be trained later
             self._kept = torch.tensor(num_kept(self.num_blocks, self.sparsity_in_force), device=device)
-            self._sharpness = torch.tensor(self.sharpness_in_force, device=device)
+            self._sharpness = torch.tensor(self.sharpness_in_force, device=device, dtype=torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._place_settings()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._place_settings()  # ``assign=True`` may bring the parameters to another device
+
+    def reset_parameters(self) -> None:
+        """As the layer does that is masked, and the scores as they started."""
+        super().reset_parameters()
+        if getattr(self, "scores", None) is not None:  # they are none yet while the layer is made
+            self.reset_scores(self._scores_start)
 
     def _adopt(self, dense: nn.Module, scores: str) -> Any:
         """Take over the parameters of ``dense``; the module was made on the meta device, to draw nothing twice."""
@@ -336,7 +347,7 @@ def sparsify(
             weight is read by a module that never calls it (torchvision's Swin attention, subclasses of
             ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds nothing, or has hooks.
             The model is then as it was.
-        TypeError: a block size that is not an integer.
+        TypeError: a block size that is not an integer, a sparsity that is not a number.
     """
     for value, check in ((sparsity, check_sparsity), (block_size, check_block_size)):
         if not isinstance(value, Mapping) and not callable(value):
@@ -395,6 +406,7 @@ def set_sparsity(model: nn.Module, share: float) -> None:
 
     Raises:
         ValueError: ``share`` outside [0, 1].
+        TypeError: it is not a number.
     """
     _check_share(share)
     for layer in _distinct_layers(model):

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 Predicate = Callable[[str, nn.Module], bool]
 Targets = str | Iterable[str] | Predicate
@@ -48,7 +49,7 @@ def matching(
         chosen = {name: module for name, module in layers.items() if name not in hindered}
     else:
         chosen = _named_by(targets, layers, "targets")
-    skipped = {} if skip is None or skip == () else _named_by(skip, layers, "skip")
+    skipped = {} if not skip else _named_by(skip, layers, "skip")
     left = {name: module for name, module in chosen.items() if name not in skipped}
     if not left:
         raise ValueError(
@@ -83,6 +84,8 @@ def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     for tensor in ("weight", "bias"):
         if tensor not in layer._parameters:
             return f"its {tensor} is no parameter but computed; {_remedy(layer, tensor)} first"
+    if is_lazy(layer.weight):
+        return "it is not initialised; call the model once first"
     if 0 in layer.weight.shape:
         return f"its weight has shape {tuple(layer.weight.shape)}, which holds no blocks"
     return None
@@ -139,6 +142,8 @@ def _listing(layers: Mapping[str, nn.Module]) -> str:
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
+    if is_lazy(getattr(layer, "weight", None)):
+        return ()
     return tuple(layer.weight.shape) if hasattr(layer, "weight") else (layer.out_features, layer.in_features)
 
 
@@ -211,12 +216,16 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Mo
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If what is done within fails, every submodule of ``model`` stands again where it stood."""
-    before = [(module, dict(module._modules)) for module in model.modules()]
+    """If what is done within fails, every submodule of ``model`` stands again where it stood, set as it was.
+
+    Tensors are not copied: what is done within may exchange modules, and not write into parameters.
+    """
+    before = [(module, vars(module).copy(), dict(module._modules)) for module in model.modules()]
     try:
         yield
     except BaseException:
-        for module, children in before:
+        for module, attributes, children in before:
+            vars(module).update(attributes)
             module._modules.clear()
             module._modules.update(children)
         raise

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,12 +80,12 @@ class Library:
         digest.update(repr((FLAGS, ISA_FLAGS[self.isa], torch.__version__, machine)).encode())
         return f"{Path(self.source).stem}-{self.isa}-{digest.hexdigest()[:16]}.so"
 
-    def command(self, compiler: str, output: Path) -> list[str]:
+    def command(self, compiler: list[str], output: Path) -> list[str]:
         """The compiler's command line. Links to the PyTorch that is loaded, and so to its OpenMP: no second one."""
         root = Path(torch.__file__).parent
         undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
         return [
-            *(compiler, *FLAGS, *ISA_FLAGS[self.isa], "-shared", "-fPIC", f"-I{root / 'include'}"),
+            *(*compiler, *FLAGS, *ISA_FLAGS[self.isa], "-shared", "-fPIC", f"-I{root / 'include'}"),
             *(str(SOURCES / self.source), "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", *undefined),
         ]
 
@@ -123,17 +124,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def find_compiler() -> str:
-    """``$CXX``, else the first of c++, g++ and clang++ on the path.
+def find_compiler() -> list[str]:
+    """``$CXX``, which may have arguments, else the first of c++, g++ and clang++ on the path.
 
     Raises:
         BuildError: there is none.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
+    commands = [shlex.split(os.environ.get("CXX", ""))]
+    commands = commands if commands[0] else [["c++"], ["g++"], ["clang++"]]
+    for name, *arguments in commands:
         if found := shutil.which(name):
-            return found
-    raise BuildError(f"no C++ compiler: {' or '.join(names)} is not on the PATH; install g++ or clang++, or set CXX")
+            return [found, *arguments]
+    names = " or ".join(command[0] for command in commands)
+    raise BuildError(f"no C++ compiler: {names} is not on the PATH; install g++ or clang++, or set CXX")
 
 
 def _compile(library: Library, target: Path) -> None:
@@ -147,10 +150,10 @@ def _compile(library: Library, target: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         if done.returncode:
             errors = "\n".join(done.stderr.strip().splitlines()[:5])
-            raise BuildError(f"{compiler} cannot compile {library.source} for {library.isa}:\n{errors}")
+            raise BuildError(f"{' '.join(compiler)} cannot compile {library.source} for {library.isa}:\n{errors}")
         Path(unfinished).chmod(0o755)
         Path(unfinished).replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} did not compile {library.source}: {error}") from error
+        raise BuildError(f"{' '.join(compiler)} did not compile {library.source}: {error}") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bsr import BSRMatrix, dense_from_bsr
+from ..transforms import needs_plain_operators
 from . import build
-from .registry import Backend, constant_in_graphs, dense_linear, forward_mode, register
+from .registry import Backend, constant_in_graphs, dense_linear, register
 
 _CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -161,7 +162,7 @@ class CPU(Backend):
     @staticmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
-        if forward_mode():
+        if needs_plain_operators():
             crow, col = packed["crow"], packed["col"]
             rows = (crow.shape[0] - 1) * _block_size(packed["weight"])
             return dense_linear(x, crow, col, unpack(packed["weight"], crow), rows, bias, activation)
@@ -191,9 +192,10 @@ def beats_dense(shape: tuple[int, int], dtype: torch.dtype, block_size: int) -> 
     """
     if CPU.refusal(torch.device("cpu"), dtype, block_size) is not None:
         return False
-    weight = torch.full(shape, 0.01, dtype=dtype)
+    weight = torch.full(shape, 0.01, dtype=dtype, device="cpu")
     matrix = BSRMatrix.from_dense(weight, block_size)
-    x, weight = torch.full((TOKENS, matrix.padded_shape[1]), 0.01, dtype=dtype), matrix.to_dense(padded=True)
+    x = torch.full((TOKENS, matrix.padded_shape[1]), 0.01, dtype=dtype, device="cpu")
+    weight = matrix.to_dense(padded=True)
     packed = CPU.pack(matrix)
     return beats(lambda: CPU.linear(x, packed, None, None), lambda: F.linear(x, weight))
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..bsr import BlockPattern, BSRMatrix, block_view, dense_from_bsr
 
@@ -122,15 +121,6 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True
     return function
-
-
-def forward_mode() -> bool:
-    """Whether a derivative is being taken in forward mode (``torch.func.jvp``, ``jacfwd``, ``hessian``).
-
-    An operator with autograd registered from Python, or without any, would answer it with zeros and without a word, so
-    a backend made of such takes ``dense_linear`` then.
-    """
-    return forward_ad._current_level >= 0
 
 
 def dense_linear(

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bsr import BSRMatrix, dense_from_bsr
-from .registry import ACTIVATIONS, Backend, dense_linear, forward_mode, register
+from ..transforms import needs_plain_operators
+from .registry import ACTIVATIONS, Backend, dense_linear, register
 
 
 def triton_limits(kernels: str, dtype: torch.dtype, block_size: int) -> str | None:
@@ -130,7 +131,7 @@ class TorchBSR(Backend):
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
         """See ``Backend.linear``."""
         weight = packed["crow"], packed["col"], packed["values"], packed["rows"].shape[0]
-        if forward_mode():
+        if needs_plain_operators():
             return dense_linear(x, *weight, bias, activation)
         y = _linear(x, *weight, bias)
         return ACTIVATIONS[activation](y)

@@ -28,9 +28,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Cross-entropy and accuracy of ``model`` on ``images``: ``{"loss": mean, "top1": fraction in [0, 1], ...}``.
 
-    The model is moved to ``device``, evaluated in eval mode, and put back into the mode that it was in. Several
-    ``processes`` evaluate a part each, on their own devices, and every picture counts once, also where their number
-    does not divide that of the pictures; without them this process evaluates all.
+    The model is moved to ``device``, evaluated in eval mode, and put back into the modes that it and its parts were in.
+    Several ``processes`` evaluate a part each, on their own devices, and every picture counts once, also where their
+    number does not divide that of the pictures; without them this process evaluates all.
 
     Loss and accuracy are of the pictures that can be decoded; ``damaged`` counts the others, and a warning tells which.
 
@@ -41,9 +41,24 @@ def evaluate(
         raise ValueError("there are no pictures to evaluate on; expected at least one")
     processes = processes or Alone(device)
     device = processes.device
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # a frozen part may be in another than the model
     model.to(device).eval()
-    sums = torch.zeros(3, device=device)  # of losses, of correct answers, of pictures
+    try:
+        sums = _sums(model, images, batch_size, num_workers, processes)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    tell_damage(images, processes)
+    loss, correct, count = processes.sum(sums).tolist()
+    if count == 0:
+        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
+    return {"loss": loss / count, "top1": correct / count, "damaged": len(images) - int(count)}
+
+
+def _sums(model: nn.Module, images: Images, batch_size: int, num_workers: int, processes: Alone) -> torch.Tensor:
+    """Of the losses, of the correct answers and of the pictures that this process evaluates."""
+    device = processes.device
+    sums = torch.zeros(3, device=device)
     part = eval_indices(len(images), rank=processes.rank, world_size=processes.count)
     for batch, labels in _in_order(placed(images, device), part, batch_size, num_workers):
         labels = labels.to(device, non_blocking=True)
@@ -51,12 +66,7 @@ def evaluate(
         sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=DAMAGED)
         sums[1] += (logits.argmax(1) == labels).sum()
         sums[2] += (labels != DAMAGED).sum()
-    model.train(was_training)
-    tell_damage(images, processes)
-    loss, correct, count = processes.sum(sums).tolist()
-    if count == 0:
-        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
-    return {"loss": loss / count, "top1": correct / count, "damaged": len(images) - int(count)}
+    return sums
 
 
 def placed(images: Images, device: torch.device) -> Images:

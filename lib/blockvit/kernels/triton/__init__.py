@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...bsr import BlockPattern, BSRMatrix
-from ..registry import ACTIVATIONS, Backend, dense_linear, forward_mode, register
+from ...transforms import needs_plain_operators
+from ..registry import ACTIVATIONS, Backend, dense_linear, register
 from ..torch_bsr import triton_limits
 from . import autograd, packing, parameters
 
@@ -72,7 +73,7 @@ class Triton(Backend):
         """See ``Backend.linear``."""
         out_features, nnz, _ = packed["sizes"].shape
         weight, blocks = (packed["crow"], packed["col"], packed["values"], packed.get("rows")), packed["blocks"]
-        if forward_mode():
+        if needs_plain_operators():
             crow, col = packed["pattern_crow"], packed["pattern_col"]
             return dense_linear(x, crow, col, blocks, out_features, bias, activation)
         # Autograd registered from Python costs microseconds a call, also where no gradient is asked for.
