@@ -401,7 +401,7 @@ def test_a_killed_run_loses_the_current_epoch_at_most(trained, monkeypatch, tmp_
     ],
 )
 def test_as_many_processes_as_the_device_has_use_for(monkeypatch, device, model, cores, expected):
-    monkeypatch.setattr(accuracy.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(accuracy, "usable_cores", lambda: cores)
     assert accuracy._workers(device, [AccuracyCell("cifar10", model)]) == expected
 
 

@@ -397,7 +397,7 @@ def test_other_threads_and_versions_are_measured_again(store, monkeypatch):
     sweep([case], store, "linear")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert sweep([case], store, "linear").measured == 1
-    monkeypatch.setattr(results, "versions", lambda: {"torch": "9.9", "triton": ""})
+    monkeypatch.setattr(bench.machine, "versions", lambda: {"torch": "9.9", "triton": ""})
     assert sweep([case], store, "linear").measured == 1
 
 

@@ -145,8 +145,10 @@ def test_a_sample_begins_when_the_threads_of_the_call_before_have_come_to_rest(m
     assert called[0] >= 0.05, "the spinning was over when a short call was made untimed ..."
     assert called[-1] - called[0] == pytest.approx(Clock.WARM, abs=2e-3), "... for a while"
     before = len(called)
+    Clock().ready(lambda: (call(), time.sleep(0.1)), 0.1)
+    assert len(called) == before + 1, "one that takes longer is made once"
     Clock().ready(call, 1.0)
-    assert len(called) == before, "a long call needs none"
+    assert len(called) == before + 1, "a long one not at all"
 
 
 def test_it_does_not_wait_for_ever(monkeypatch):

@@ -37,6 +37,12 @@ def on_cpu(linear=(), vit=(), ceiling=()):
     return goals.on_cpu(table(linear), table(vit), table(ceiling))
 
 
+def test_over_another_backend_the_newest_of_a_cell_counts():
+    old = [r | {"date": "2025-01-01T00:00:00Z"} for r in layer("old", cpu=1.0, torch=2.0)]
+    new = [*layer("new", cpu=1.0, torch=40.0), *layer("64", block=64, cpu=1.0, torch=50.0)]
+    assert found(on_cpu([*old, *new]), LINEAR, "BSR").measured == 40.0
+
+
 LINEAR = "linear layers of the MLP, 197 tokens, 90%, blocks of 32"
 
 

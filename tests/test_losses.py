@@ -81,8 +81,16 @@ def test_beside_published():
     """The target: at 32x32 no more lost than the 0.75 points at 80% and the 2.3 at 90% that are published."""
     cells = [masked(89.25, sparsity=0.8), masked(87.6), masked(80.0, 64), masked(89.0, sparsity=0.5)]
     beside = losses.beside_published(losses.points_lost(table(dense(90.0), *cells)))
-    found = {(r.block_size, r.sparsity): (round(r.published, 2), r.within) for r in beside.itertuples()}
-    assert found == {(32, 0.8): (0.75, True), (32, 0.9): (2.3, False), (64, 0.9): (18.98, True)}
+    found = {(r.block_size, r.sparsity): (round(r.lost, 2), round(r.published, 2)) for r in beside.itertuples()}
+    assert found == {(32, 0.8): (0.75, 0.75), (32, 0.9): (2.4, 2.3), (64, 0.9): (10.0, 18.98)}
+
+
+def test_uncertainty_is_that_of_two_shares_of_the_test_pictures():
+    lost = losses.points_lost(table(dense(90.0), masked(80.0)))
+    assert losses.uncertainty(lost).tolist() == pytest.approx([100 * ((0.9 * 0.1 + 0.8 * 0.2) / 10_000) ** 0.5])
+    twice = losses.points_lost(table(dense(90.0), dense(90.0, seed=1), masked(80.0), masked(80.0, seed=1)))
+    assert losses.uncertainty(twice).iloc[0] == pytest.approx(losses.uncertainty(lost).iloc[0] / 2**0.5)
+    assert losses.uncertainty(lost.assign(dataset="mine")).isna().all()
 
 
 def test_missing_cells_are_named():
@@ -112,7 +120,13 @@ def test_answer():
     text = losses.answer(losses.reference(lost), lost)
     assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
     assert "3.0 where 2.3 are published (32×32, 90%)" in text
-    assert "the reference method lost 3.0 points, the best of 2 others 1.0 (method=spartan)" in text
-    assert text.endswith("masks left as they were drawn 4.0.")
+    assert "the reference method lost 3.0 points, the best of 2 others 1.0 (method=spartan)." in text
+    error = 100 * ((0.87 * 0.13 + 0.86 * 0.14) / 10_000) ** 0.5
+    assert text.endswith(
+        "Masks left as they were drawn lost 4.0: that learning them helps is shown (one standard error of the "
+        f"difference is {error:.1f} points)."
+    )
+    close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
+    assert "lost 3.1: that learning them helps is not shown (" in losses.answer(losses.reference(close), close)
     assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))
     assert losses.answer(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")

@@ -109,7 +109,12 @@ def masks(variants=VARIANTS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-POINTS = [{"block_size": b, "sparsity": s, "speedup": 1 + s, "top1": 97 - s} for b in (16, 32) for s in (0.5, 0.8, 0.9)]
+POINTS = [
+    {"block_size": b, "sparsity": s, "top1": 97 - s, "low": 96.5 - s, "high": 97.2 - s}
+    | {"speedup": 1 + s, "speedup_low": 0.9 + s, "speedup_high": 1.2 + s, "dense_compile": "eager"}
+    for b in (16, 32)
+    for s in (0.5, 0.8, 0.9)
+]
 
 
 def on_device(metrics=("latency",), threads=(1, 2, 4)) -> pd.DataFrame:
@@ -129,6 +134,19 @@ def on_device(metrics=("latency",), threads=(1, 2, 4)) -> pd.DataFrame:
 
 def tails() -> pd.DataFrame:
     return on_device(("latency", "latency_p90", "latency_p99"), threads=(4,)).assign(group="g")
+
+
+def by_threads() -> pd.DataFrame:
+    """Both backends in groups of their own with the dense engines, a group a scope and number of threads."""
+    rows = on_device()
+    groups = [
+        rows[(rows["backend"] == "dense") | (rows["scope"] == scope)].assign(
+            group=lambda rows, scope=scope: scope + rows["threads"].astype(str),
+            value=lambda rows, scope=scope: rows["value"] * (1 + (rows["backend"] == "dense") * (scope == "all")),
+        )
+        for scope in ("mlp", "all")
+    ]
+    return pd.concat(groups, ignore_index=True)
 
 
 def roofline(peak: float = 2e12, bandwidth: float = 1e11):
@@ -299,7 +317,7 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "execution_modes": (lambda: plots.execution_modes(gpu_vit(("mlp",), sparsities=(0.9,))), 1, 0),
     "memory": (lambda: plots.memory(memory()), 2, 0),
     "latency_tails": (lambda: plots.latency_tails(tails()), 1, 0),
-    "threads": (lambda: plots.threads(on_device()), 1, 0),
+    "threads": (lambda: plots.threads(by_threads()), 2, 0),
     "traffic": (lambda: plots.traffic(TRAFFIC, limits.TRAFFIC), 1, 0),
     "roofline": (roofline, 2, 3),
     "accuracy": (lambda: plots.accuracy(trained(), results.published_losses()), 2, 3),
@@ -407,7 +425,7 @@ def test_lines_show_their_numbers():
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     np.testing.assert_allclose(lines["64×64"].get_xdata(), [0.5, 0.8, 0.9])
     np.testing.assert_allclose(lines["64×64"].get_ydata(), [0.5 + s for s in (0.5, 0.8, 0.9)])
-    bound = lines["Amdahl's bound"]
+    bound = lines["Amdahl's law, one rate"]
     np.testing.assert_allclose(bound.get_ydata()[-1], 1 / (1 - 0.9 * 0.64))
 
 
@@ -696,7 +714,7 @@ def test_batch_sizes_with_and_without_bounds():
     rows = vit(sparsities=(0.9,)).query("scope == 'mlp'")
     figure = plots.batch_sizes(rows, ["torch", "gather"], limits.amdahl(0.9, 0.64), 16)
     for axes in figure.axes:
-        (bound,), (start,) = lines_of(axes, "Amdahl's bound"), lines_of(axes, "published: faster from batch 16")
+        (bound,), (start,) = lines_of(axes, "Amdahl's law, one rate"), lines_of(axes, "published: faster from batch 16")
         assert set(bound.get_ydata()) == {limits.amdahl(0.9, 0.64)} and bound.get_linestyle() == "--"
         assert set(start.get_xdata()) == {16}
     plain = legend_labels(plots.batch_sizes(rows, ["torch", "gather"]))
@@ -785,7 +803,8 @@ def test_labels_of_coinciding_points_do_not_overlap():
     crowd = [{"block_size": b, "sparsity": s, "speedup": 1.5, "top1": 96.0} for b in (16, 32) for s in (0.5, 0.8)]
     crowd += [{"block_size": 64, "sparsity": 0.9, "speedup": 1.505, "top1": 96.01}]
     crowd += [{"block_size": 64, "sparsity": 0.95, "speedup": 2.0, "top1": 92.0}]
-    figure = plots.pareto(pd.DataFrame(crowd), 97.0)
+    ends = {"low": 92.0, "high": 97.0, "speedup_low": 1.4, "speedup_high": 2.1}
+    figure = plots.pareto(pd.DataFrame(crowd).assign(**ends), 97.0)
     figure.canvas.draw()
     texts = figure.axes[0].texts
     assert sorted(t.get_text() for t in texts) == ["50%", "50%", "80%", "80%", "90%", "95%"]
@@ -800,7 +819,7 @@ def test_accuracy_names_its_data():
 def test_variants_are_in_order_of_what_they_lost_below_the_reference():
     table = compared().assign(lost=[5.0, 7.0, 6.0])
     labels = [label.get_text() for label in plots.variants(table.iloc[::-1]).axes[0].get_yticklabels()]
-    assert labels == ["reference", "method=spartan, sparsity_schedule=cubic", "train_scores=False"]
+    assert labels == ["reference", "method=spartan, sparsity_schedule=cubic", "random masks, left as drawn"]
 
 
 @pytest.mark.parametrize("column", ["sparsity", "recipe"])
@@ -921,14 +940,22 @@ def test_a_distribution_is_of_one_group():
     assert "1 / 2" in [text.get_text() for text in plots.latency_tails(pd.concat([rows, later])).axes[0].texts]
 
 
-def test_threads_has_a_line_a_variant_dense_ones_first_and_dashed():
-    figure = plots.threads(on_device())
-    (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines) == ["dense, eager", "dense, openvino", "cpu, mlp sparse", "cpu+dense, all sparse"]
-    assert [line.get_linestyle() for line in lines.values()] == ["--", "--", "-", "-"]
-    assert lines["cpu, mlp sparse"].get_xdata().tolist() == [1, 2, 4]
-    assert lines["cpu, mlp sparse"].get_ydata() == pytest.approx([8.0, 4.0, 2.0])
+def test_threads_has_a_panel_a_scope_with_the_dense_engines_of_its_groups():
+    panels = {axes.get_title(): axes for axes in plots.threads(by_threads()).axes}
+    for title, backend, dense in (("MLP sparse", "cpu", 32.0), ("all linear layers sparse", "cpu+dense", 64.0)):
+        lines = {line.get_label(): line for line in panels[title].lines}
+        assert set(lines) == {"dense, eager", "dense, openvino", backend}
+        assert {label: line.get_linestyle() for label, line in lines.items()}[backend] == "-"
+        assert lines["dense, eager"].get_linestyle() == "--"
+        assert lines["dense, eager"].get_ydata() == pytest.approx([dense, dense / 2, dense / 4])
+        assert lines[backend].get_xdata().tolist() == [1, 2, 4]
+
+
+def test_threads_are_of_one_group_a_scope_and_number():
+    rows = by_threads()
+    with pytest.raises(ValueError, match=r"one group a scope and number of threads, but mlp at 4 has several"):
+        again = rows[(rows["threads"] == 4) & (rows["scope"] == "mlp")].assign(group="later")
+        plots.threads(pd.concat([rows, again]))
 
 
 def test_roofline_has_the_measured_roof_and_achieved_arithmetic():

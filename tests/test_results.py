@@ -526,6 +526,36 @@ def test_the_newest_measurement_wins_whatever_the_versions():
     assert pairs["speedup"].tolist() == [2.0]
 
 
+def times(rows: pd.DataFrame, **how) -> list[float]:
+    return speedups(rows, **how)["speedup"].tolist()
+
+
+def test_of_one_run_the_measurement_beside_the_right_field_and_of_the_most_repeats_counts():
+    engines = [dense(group="engines"), dense(group="engines", compile="openvino", value=1.0), {"group": "engines"}]
+    alone = [dense(group="alone", value=3.0, date="2026-02-01T00:00:00Z"), {"group": "alone"}]
+    assert times(table(*engines, *alone)) == [2.0], "over the fastest of the most"
+    assert times(table(*alone, *engines), baseline="eager") == [6.0], "over eager beside the fewest"
+    often = [dense(group="often", value=4.0, repeats=100), {"group": "often", "repeats": 100}]
+    assert times(table(*often, *alone)) == [8.0], "more repeats before newer ones"
+    assert times(table(*often, *[{**r, "run": "another"} for r in alone])) == [6.0], "a newer run before all that"
+
+
+def test_the_fullest_group():
+    small = [dense(group="small", date="2026-02-01T00:00:00Z"), {"group": "small"}]
+    large = [dense(group="large"), dense(group="large", compile="openvino"), {"group": "large"}]
+    often = [{**r, "group": "often", "repeats": 100} for r in large]
+    bytes_held = {"group": "large", "metric": "model_bytes"}
+
+    def fullest(*rows: dict) -> set[str]:
+        return set(results.fullest_group(table(*({"run": "one"} | r for r in rows)))["group"])
+
+    assert fullest(*large, *small) == {"large"} and fullest(*often, *large, *small) == {"often"}
+    assert fullest(*large, *[{**r, "run": "another"} for r in small]) == {"small"}, "the newest run"
+    whole = results.fullest_group(table(*({"run": "one"} | r for r in (*large, bytes_held))))
+    assert whole["metric"].nunique() == 2, "all of its rows"
+    assert results.fullest_group(table(*large)[:0]).empty
+
+
 def test_newest_keeps_what_differs_in_any_key_but_versions():
     rows = table({"seed": 0}, {"seed": 1}, {"seed": 1, "value": 7.0, "triton": "3.6"}, {"seed": None}, {"seed": None})
     assert newest(rows)["value"].tolist() == [0.5, 7.0, 0.5]

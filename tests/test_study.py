@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from blockvit import bench, results
+from blockvit import bench, machine, results
 from blockvit.study import Study
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -24,7 +24,7 @@ def no_gpu(monkeypatch):
 def row(**changes) -> dict:
     return {
         "experiment": "linear",
-        "device": results.cpu_name(),
+        "device": machine.cpu_name(),
         "backend": "gather",
         "sparsity": 0.9,
         "metric": "latency",
@@ -68,16 +68,16 @@ def test_drawing_for_a_device_needs_no_such_device(no_gpu, tmp_path):
     assert study.device_name == GPU
     study.store.append([row(device=GPU, value=2.0), row()])
     assert study.rows("linear")["value"].tolist() == [2.0]
-    assert study.describe() == f"profile gpu on {GPU}; torch {results.versions()['torch']}"
+    assert study.describe() == f"profile gpu on {GPU}; torch {machine.versions()['torch']}"
 
 
 def test_measuring_is_the_default(tmp_path):
     study = Study.open("laptop", results_dir=str(tmp_path))
-    assert study.measures and study.device_name == results.cpu_name()
+    assert study.measures and study.device_name == machine.cpu_name()
     line = study.describe()
     assert line == (
-        f"profile laptop on {results.cpu_name()}, {bench.environment('cpu')['threads']} threads; "
-        f"torch {results.versions()['torch']}"
+        f"profile laptop on {machine.cpu_name()}, {bench.environment('cpu')['threads']} threads; "
+        f"torch {machine.versions()['torch']}"
     )
 
 

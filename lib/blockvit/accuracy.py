@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from . import bench, data, models, results
 from .losses import HEADLINE, described
+from .machine import usable_cores
 from .parallel import map_cells
 from .supermask import BLOG_TARGETS, sparsify, supermask_layers
 from .train import History, Recipe, fit, launch, recipe_for
@@ -166,7 +167,7 @@ def train_cell(
         device=device,
         checkpoint=_checkpoint(folder, cell, how, data_root),
         progress=progress,
-        num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, os.cpu_count() or 1),
+        num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, usable_cores()),
         stop=stop,
     )
     if len(history.epochs) < how.epochs:
@@ -361,4 +362,4 @@ def _workers(device: str, grid: Sequence[AccuracyCell]) -> int | None:
     if torch.device(device).type == "cpu":
         return None  # one a core
     small = all(cell.model in models.SMALL_MODELS for cell in grid)
-    return max(1, min(AT_ONCE_ON_GPU, (os.cpu_count() or 1) // 2)) if small else 1
+    return max(1, min(AT_ONCE_ON_GPU, usable_cores() // 2)) if small else 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from .limits import amdahl
-from .losses import TITLES
+from .losses import LIMITED_LOSS, TITLES
 from .results import break_even
 
 AT = 0.9
@@ -39,23 +39,27 @@ def training(
 
 
 def accuracy_text(top1: pd.DataFrame, dataset: str, model: str, sparsity: float = AT) -> str:
-    """The dense accuracy, and the best and the worst block size's at ``sparsity``, each the mean over its seeds."""
+    """The dense accuracy, the best and the worst block size's at ``sparsity`` (means over seeds), and the lowest."""
     dense = top1[top1["backend"] == "dense"]["value"]
-    masked = top1[(top1["backend"] == "supermask") & (top1["sparsity"] == sparsity)]
-    left = masked.groupby("block_size")["value"].mean()
-    text = "No dense model is trained to its end yet."
-    if len(dense):
-        text = (
-            f"On {dataset}, the dense {model} reached {dense.mean():.1f}% (mean of {len(dense)} "
-            f"seed{'s' * (len(dense) > 1)}, lowest {dense.min():.1f}%)."
-        )
-    if len(left):
-        best, worst = (f"{int(block)}×{int(block)}" for block in (left.idxmax(), left.idxmin()))
-        text += (
-            f" With {sparsity:.0%} of the blocks gone, {left.max():.1f}% was left in blocks of {best} and "
-            f"{left.min():.1f}% in blocks of {worst}."
-        )
-    return text
+    masked = top1[top1["backend"] == "supermask"]
+    left = masked[masked["sparsity"] == sparsity].groupby("block_size")["value"].mean()
+    if dense.empty:
+        return "No dense model is trained to its end yet."
+    told = (
+        f"the dense {model} reached {dense.mean():.1f}% (mean of {len(dense)} seed{'s' * (len(dense) > 1)}, lowest "
+        f"{dense.min():.1f}%)"
+    )
+    if left.empty:
+        return f"On {dataset}, {told}; no masked model is trained to {sparsity:.0%} yet."
+    learns = "Yes" if dense.mean() - left.min() <= LIMITED_LOSS else "In part"
+    best, worst = (f"{int(block)}×{int(block)}" for block in (left.idxmax(), left.idxmin()))
+    lowest = masked.loc[masked["value"].idxmin()]
+    return (
+        f"{learns}, on {dataset}: {told}; with {sparsity:.0%} of the blocks gone accuracy was {left.max():.1f}% in "
+        f"blocks of {best} and {left.min():.1f}% in blocks of {worst}. The lowest of all trainings is "
+        f"{lowest['value']:.1f}%, in blocks of {lowest['block_size']:.0f}×{lowest['block_size']:.0f} at "
+        f"{lowest['sparsity']:.0%}."
+    )
 
 
 def masks_text(
@@ -73,8 +77,8 @@ def masks_text(
     return (
         f"At {sparsity:.0%} in blocks of {block_size}×{block_size}, training exchanged {1 - same:.0%} of the blocks "
         f"that a random mask had kept; {same:.0%} of the learnt mask is still the random one. The share of blocks kept "
-        f"varies between rows by {spread['learnt']:.3f} (standard deviation, mean of the layers), "
-        f"{spread['before training']:.3f} before training."
+        f"varies between rows by {spread['learnt']:.3f} (standard deviation, mean of the layers), before training by "
+        f"{spread['before training']:.3f}."
     )
 
 
@@ -85,14 +89,20 @@ def step_text(overheads: pd.DataFrame, step_model: str) -> str:
     ways = {name: line.droplevel("backend").sort_index() for name, line in cost.groupby("backend")}
     if "supermask" not in ways:
         return ""
-    ours, naive = ways["supermask"], ways.get("naive")
-    few, many = ours.index[0], ours.index[-1]
+    few, many = ways["supermask"].index[[0, -1]]
+
+    def at(count: float, backend: str) -> str:
+        cell = overheads[(overheads["backend"] == backend) & (overheads[size] == count)]
+        spread = f"{cell['overhead_low'].min():+.0%} to {cell['overhead_high'].max():+.0%}"
+        return f"{ways[backend][count]:.1%} ({spread})"
+
     text = (
-        f"A masked training step of {step_model} took {ours[many]:.1%} longer than the dense one at {many:.0f} {unit} "
-        f"and {ours[few]:.1%} at {few:.0f} (median of the block sizes)"
+        f"A masked training step of {step_model} takes longer than the dense one by {at(many, 'supermask')} at "
+        f"{many:.0f} {unit} and {at(few, 'supermask')} at {few:.0f} (median of the block sizes, and what the spread of "
+        "the timings allows)"
     )
-    if naive is not None:
-        text += f"; masks that are expanded first, {naive.iloc[-1]:.1%} and {naive.iloc[0]:.1%}"
+    if "naive" in ways:
+        text += f"; with masks that are expanded first, by {at(many, 'naive')} and {at(few, 'naive')}"
     through = [f"{1 / (1 + ways[n].iloc[-1]):.1f}× (`{n}`)" for n in ("sparse", "sparse-kept") if n in ways]
     if through:
         told = ", ".join(through)
@@ -100,41 +110,56 @@ def step_text(overheads: pd.DataFrame, step_model: str) -> str:
     return f"{text}."
 
 
-def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
-    """Break-even sparsity by block size: ``16: 86%, 32: never, 64: at 50% or below``; empty without a sweep.
+def break_evens(speedups: pd.DataFrame, *, log: bool = False) -> dict[int, str]:
+    """Break-even sparsity by block size: ``{16: "86%", 32: "never", 64: "already at 50%"}``; none without a sweep.
 
-    The speedup at a sparsity is the median over the rows that have it; ``log`` as in ``results.break_even``, so that
-    text and figure agree. Rows of several token counts or batch sizes raise ``ValueError``: their break-evens differ.
+    Of several layers or models it is the highest. ``log`` as in ``results.break_even``, so that text and figure agree.
+    Rows of several token counts or batch sizes raise ``ValueError``: their break-evens differ.
     """
     for column in ("tokens", "batch_size"):
         if column in speedups and len(found := sorted(speedups[column].dropna().unique())) > 1:
             held = ", ".join(f"{value:.0f}" for value in found)
             raise ValueError(f"break-even of one {column} at a time, but the rows hold {held}; choose one")
-    texts = []
+    texts = {}
     for block, cell in speedups.groupby("block_size"):
-        line = cell.groupby("sparsity")["speedup"].median()
-        if len(line) < 2:
+        lines = [line.groupby("sparsity")["speedup"].median() for _, line in cell.groupby("model")]
+        edges = [break_even(list(line.index), list(line), log=log) for line in lines if len(line) > 1]
+        if not edges:
             continue
-        edge = break_even(list(line.index), list(line), log=log)
-        below = edge is not None and edge <= line.index.min()
-        text = "never" if edge is None else f"at {edge:.0%} or below" if below else f"{edge:.0%}"
-        texts.append(f"{block:.0f}: {text}")
-    return ", ".join(texts)
+        edge = None if None in edges else max(edges)
+        already = "already at " if edge is not None and edge <= cell["sparsity"].min() else ""
+        texts[int(block)] = "never" if edge is None else f"{already}{edge:.0%}"
+    return texts
 
 
-def linear_lines(speedups: pd.DataFrame, sparsity: float = AT) -> Iterator[str]:
-    """A Markdown line for each backend of ``speedups``, whose rows are linear layers of one precision."""
+def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
+    """As ``break_evens``, in one line: ``16: 86%, 32: never, 64: already at 50%``."""
+    return ", ".join(f"{block}: {text}" for block, text in break_evens(speedups, log=log).items())
+
+
+def linear_summary(speedups: pd.DataFrame, sparsity: float = AT) -> pd.DataFrame:
+    """What each backend of ``speedups`` reaches, whose rows are linear layers of one precision and token count.
+
+    How many cells are faster than dense, the median and the range of the speedups at ``sparsity``, and the break-even
+    sparsity of the worst layer for each block size.
+    """
+    lines = []
     for backend, mine in speedups.groupby("backend"):
+        line = {"backend": backend, "cells faster": f"{(mine['speedup'] > 1).sum()} of {len(mine)}"}
         at = mine[mine["sparsity"] == sparsity]["speedup"]
-        line = f"- `{backend}`: {(mine['speedup'] > 1).sum()} of {len(mine)} cells are faster than dense"
         if len(at):
-            line += f"; at {sparsity:.0%} the median speedup is {at.median():.2f}× ({at.min():.2f}× to {at.max():.2f}×)"
-        edges = break_even_text(mine, log=True)
-        yield line + (f". Break-even sparsity of the median layer by block size: {edges}." if edges else ".")
+            line[f"median at {sparsity:.0%}"] = f"{at.median():.2f}×"
+            line["least to most"] = f"{at.min():.2f}× to {at.max():.2f}×"
+        lines.append(line | _break_even_columns(break_evens(mine, log=True)))
+    return _table(lines, ["backend"])
 
 
-def model_lines(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity: float = AT) -> Iterator[str]:
-    """A Markdown line for each backend and scope of ``speedups``: one model, one batch size, one precision.
+def model_summary(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity: float = AT) -> pd.DataFrame:
+    """What each backend reaches with each scope of ``speedups``: one model, one batch size, one precision.
+
+    The best speedup at ``sparsity``, what the spread of the timings leaves of it (``speedup_low`` to ``speedup_high``)
+    and its block size, what Amdahl's law gives if all arithmetic runs at one rate, and the break-even sparsity for each
+    block size.
 
     Args:
         speedups: may hold several ways to run a backend; the fastest of a cell counts.
@@ -143,18 +168,31 @@ def model_lines(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity: f
     """
     cell = ["backend", "scope", "block_size", "sparsity"]
     fastest = speedups.sort_values("speedup").drop_duplicates(cell, keep="last")
-    for (backend, scope), mine in fastest.groupby(["backend", "scope"]):
+    lines = []
+    for (scope, backend), mine in fastest.groupby(["scope", "backend"]):
         at = mine[mine["sparsity"] == sparsity].sort_values("speedup")
         if at.empty:
             continue
-        top, edges = at.iloc[-1], break_even_text(mine)
-        yield (
-            f"- `{backend}`, {scope}: at {sparsity:.0%} at best {top['speedup']:.2f}× (20% to 80%: "
-            f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×) with blocks of {top['block_size']:.0f}"
-            f"{'' if top['compile'] == 'eager' else ', ' + top['compile']}; "
-            f"by Amdahl's law, all arithmetic at one rate, {amdahl(sparsity, shares[scope]):.2f}×."
-            + (f" Break-even sparsity by block size: {edges}." if edges else "")
-        )
+        top = at.iloc[-1]
+        line = {
+            "sparse layers": scope,
+            "backend": backend,
+            f"best at {sparsity:.0%}": f"{top['speedup']:.2f}×",
+            "spread": f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×",
+            "with": f"blocks of {top['block_size']:.0f}" + (f", {top['compile']}" if top["compile"] != "eager" else ""),
+            "Amdahl's law": f"{amdahl(sparsity, shares[scope]):.2f}×",
+        }
+        lines.append(line | _break_even_columns(break_evens(mine)))
+    return _table(lines, ["sparse layers", "backend"])
+
+
+def _break_even_columns(edges: Mapping[int, str]) -> dict[str, str]:
+    return {f"break-even, {block}×{block}": text for block, text in edges.items()}
+
+
+def _table(lines: list[dict[str, str]], index: list[str]) -> pd.DataFrame:
+    """A row for each of ``lines``; what one does not have stays empty."""
+    return pd.DataFrame(lines, columns=None if lines else index).fillna("").set_index(index)
 
 
 def model_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -166,15 +204,16 @@ def model_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "ms": latency["value"] * 1e3,
-            "20%": latency["low"] * 1e3,
-            "80%": latency["high"] * 1e3,
+            "20th percentile": latency["low"] * 1e3,
+            "80th percentile": latency["high"] * 1e3,
             "images/s": latency["batch_size"] / latency["value"],
         }
     )
     for column, metric in {"weights MB": "model_bytes", "peak MB": "peak_memory"}.items():
         held = rows[rows["metric"] == metric].set_index(["backend", "compile"])["value"] / 1e6
         table[column] = held.reindex(table.index)
-    return table.sort_values("ms").dropna(axis="columns", how="all").round(2)
+    table = table.sort_values("ms").dropna(axis="columns", how="all").round(2)
+    return table.astype(object).where(table.notna(), "")  # engines do not tell what they hold
 
 
 def batch_line(speedups: pd.DataFrame) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from . import results
+from . import machine, results
 from .clocks import Clock, Timing
 from .results import FAILED
 
@@ -135,13 +135,13 @@ def check_close(actual: torch.Tensor, expected: torch.Tensor, precision: str, wh
 def device_name(device: torch.device | str) -> str:
     """The processor's name as the tables have it."""
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else results.cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """The columns that say where a row was measured: device, threads, torch and triton version."""
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else None
-    return {"device": device_name(device), "threads": threads, **results.versions()}
+    return {"device": device_name(device), "threads": threads, **machine.versions()}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str) -> float | None:

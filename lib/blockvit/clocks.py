@@ -42,26 +42,31 @@ class Clock:
     SETTLED, LOOK, LOOKS = 0.2, 2e-3, 75
     """Share of one core below which this process counts as idle, seconds of a look at it, and how many at most."""
 
-    WARM = 0.03
-    """Seconds; a call that takes less is made untimed for so long before it is timed."""
+    WARM, LONG = 0.03, 0.5
+    """Seconds. Before it is timed, a call is made untimed, once or for so long as ``WARM``; one of ``LONG`` is not."""
 
     def ready(self, call: Callable[[], Any], estimate: float) -> None:
         """Undo what the call before has left behind: threads that spin on a core, and threads that sleep.
 
         After a call ONNX Runtime's threads spin for 50 ms and OpenMP's for 10, in the way of what comes next: measured
-        in turn with ONNX Runtime, a linear layer took 1.5 times as long. And a short call would be charged with
-        waking its own threads, two of which may find themselves on one core for a time slice: 8 ms, where a call takes
-        one. From 768 to 3072 features, 90% sparse and timed in turn with two engines, the median of 15 samples was 0.6
-        to 1.2 ms after 20 or 50 ms of warm-up, and 1.1 and 4.5 ms after a single call.
+        in turn with ONNX Runtime, a linear layer took 1.5 times as long. And a call would be charged with waking its
+        own threads, two of which may find themselves on one core for some time slices. From 768 to 3072 features, 90%
+        sparse and timed in turn with two engines, the median of 15 samples was 0.6 to 1.2 ms after 20 or 50 ms of
+        warm-up, and 1.1 and 4.5 ms after a single call; a sparse ViT-B/16 of 52 ms took up to 132 ms in every fifth
+        call, and 58 ms after an untimed one.
         """
         for _ in range(self.LOOKS):
             spent = time.process_time()
             time.sleep(self.LOOK)
             if time.process_time() - spent < self.SETTLED * self.LOOK:
                 break
+        if estimate >= self.LONG:
+            return
         end = time.perf_counter() + self.WARM
-        while estimate < self.WARM and time.perf_counter() < end:
+        while True:
             call()
+            if time.perf_counter() >= end:
+                break
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> float:
         """Seconds that ``repeats`` calls took in all."""

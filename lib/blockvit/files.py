@@ -29,7 +29,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 def save_atomically(state: Any, path: str | os.PathLike[str]) -> None:
     """``torch.save`` as a whole file; see ``replacing``."""
-    import torch  # here, because the pipeline's command line writes files too and should not wait for it
+    import torch  # here, because tables and figures write files too, and need none of it
 
     handled_already = sys.exception()
     with replacing(path) as file:

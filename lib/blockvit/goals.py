@@ -13,7 +13,7 @@ import pandas as pd
 
 from .answers import AT
 from .limits import bandwidth, linear_seconds
-from .results import break_even, speedups
+from .results import break_even, newest, speedups
 
 CPU_BACKENDS = ("cpu", "cpu+dense")
 GPU_BACKENDS = ("triton", "triton+mlp")
@@ -186,10 +186,11 @@ def _ours(rows: pd.DataFrame, backends: tuple[str, ...], **cell: Any) -> pd.Data
 
 
 def _over_backend(rows: pd.DataFrame, ours: str, other: str, **cell: Any) -> pd.Series:
-    """Time of ``other`` over that of ``ours``, in every group that has both."""
+    """Time of ``other`` over that of ``ours`` in the same group, newest of each cell."""
     rows = _cell(rows, compile="eager", **cell)
-    times = {name: rows[rows["backend"] == name].groupby("group")["value"].first() for name in (ours, other)}
-    return (times[other] / times[ours]).dropna()
+    theirs = rows.loc[rows["backend"] == other, ["group", "value"]].rename(columns={"value": "other"})
+    pairs = newest(rows[rows["backend"] == ours].merge(theirs, on="group"))
+    return pairs["other"] / pairs["value"]
 
 
 def _fastest_of_each(rows: pd.DataFrame) -> pd.DataFrame:

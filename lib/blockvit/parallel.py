@@ -17,6 +17,8 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
+from .machine import usable_cores
+
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
 
@@ -94,12 +96,6 @@ def check_importable(fn: Callable[..., Any]) -> None:
             f"{place} cannot be imported by a worker process; expected a function at the top level of a module: "
             "move it into one (not a notebook cell, lambda or inner function)"
         )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    # Under a CPU limit of the container or batch system, os.cpu_count() still counts the whole machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 import yaml
 
 from . import files, report
+from .machine import cpu_name
 from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed, execute, published
 
 DEFAULT_PROFILE = "laptop"
@@ -502,8 +503,6 @@ def _device(profile: Profile) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    from .results import cpu_name  # imports pandas
-
     return cpu_name()
 
 

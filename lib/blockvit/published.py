@@ -24,7 +24,7 @@ from torch import nn
 from . import bench, data, models, results, superblock
 from .fold import layer_fates, to_block_sparse
 from .linear import BlockSparseLinear
-from .parallel import usable_cores
+from .machine import usable_cores
 from .supermask import BLOG_TARGETS
 from .targets import name_matches
 from .train import evaluate as top1_of

@@ -35,7 +35,8 @@ nav li { margin: .35rem 0; } nav > ul > li { margin-top: .9rem; font-weight: 600
 a { color: #0b5cad; text-decoration: none; } a:hover { text-decoration: underline; }
 main { padding: 1.5rem 1.5rem 6rem 0; } section { border-top: 1px solid #d8dee4; margin-top: 3rem; }
 h1, h2, h3 { line-height: 1.25; } h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; } h3 { font-size: 1.1rem; }
-.text_cell, .output_wrapper { margin: .8rem 0; } .text_cell { max-width: 46rem; } .meta { color: #59636e; }
+.text_cell, .output_wrapper { margin: .8rem 0; } .text_cell, .output_markdown :is(p, ul) { max-width: 46rem; }
+.meta { color: #59636e; }
 img, svg { max-width: 100%; height: auto; } .output_area { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; } th, td { padding: .25rem .7rem; text-align: right; }
 th { border-bottom: 2px solid #d8dee4; } td { border-bottom: 1px solid #eaeef2; font-variant-numeric: tabular-nums; }

@@ -13,8 +13,6 @@ import errno
 import fcntl
 import io
 import os
-import platform
-import re
 import subprocess
 import uuid
 import warnings
@@ -22,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -291,9 +288,10 @@ def new_group() -> str:
 
 
 def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
-    """Speed of each sparse latency row over the dense one of its own group, newest measurement of each kind only.
+    """Speed of each sparse latency row over the dense one of its own group, one measurement of each kind only.
 
-    Over the fastest dense variant, a measurement beside more of them counts before a newer one of the same run.
+    Of several in a run that counts which is beside the most dense variants, or over eager dense PyTorch beside the
+    fewest, whose threads disturb it least; of these the one of the most repeats; and at last the newest.
 
     Args:
         rows: rows with ``metric == "latency"`` among them, as ``Store.read`` gives them.
@@ -319,9 +317,9 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
         speedup_low=pairs["dense_low"] / pairs["high"],
         speedup_high=pairs["dense_high"] / pairs["low"],
     )
-    if baseline == "fastest":
-        of_run = pairs.groupby([*_SAME, "run"], dropna=False)["dense_variants"]
-        pairs = pairs[pairs["dense_variants"] == of_run.transform("max")]
+    for column, most in (("dense_variants", "max" if baseline == "fastest" else "min"), ("repeats", "max")):
+        wanted = pairs.groupby([*_SAME, "run"], dropna=False)[column].transform(most)
+        pairs = pairs[(pairs[column] == wanted) | wanted.isna()]
     return newest(pairs)
 
 
@@ -384,6 +382,19 @@ def newest(rows: pd.DataFrame, ignore: Sequence[str] = ()) -> pd.DataFrame:
     """
     same = [column for column in _SAME if column not in ignore]
     return rows.sort_values("date", kind="stable").drop_duplicates(same, keep="last").reset_index(drop=True)
+
+
+def fullest_group(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the newest run's group with the most latencies; of several, the most repeats, and then the newest.
+
+    For tables and figures of times: what stands side by side there was timed in turn.
+    """
+    latency = rows[(rows["metric"] == "latency") & (rows["group"] != "")]
+    if latency.empty:
+        return latency
+    latency = latency[latency["run"] == latency.sort_values("date", kind="stable")["run"].iloc[-1]]
+    groups = latency.groupby("group").agg(size=("value", "size"), repeats=("repeats", "max"), date=("date", "max"))
+    return rows[rows["group"] == groups.sort_values(["size", "repeats", "date"]).index[-1]]
 
 
 def most_threads(rows: pd.DataFrame) -> pd.DataFrame:
@@ -451,39 +462,6 @@ def repository() -> Path:
     raise FileNotFoundError(
         "the study's working copy was not found; run inside the cloned repository or set $BLOCKVIT_HOME to it"
     )
-
-
-@cache
-def cpu_name() -> str:
-    """The processor's marketing name and its number of usable cores, e.g. ``AMD EPYC 7B13 (4 cores)``."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        name = found[1] if found else name
-    elif platform.system() == "Darwin":
-        name = (
-            subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-            ).stdout.strip()
-            or name
-        )
-    name = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b", "", name).split("@")[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{' '.join(name.split())} ({cores} cores)"
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Installed versions of torch and triton, for the columns of those names; empty where not installed."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return ""
-
-    return {name: installed(name) for name in ("torch", "triton")}
 
 
 @cache

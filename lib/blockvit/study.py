@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from . import bench, plots, results
+from . import bench, machine, plots, results
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ class Study:
 
     def describe(self) -> str:
         """One line: what runs where."""
-        env = bench.environment(self.device) if self.measures else {"threads": float("nan"), **results.versions()}
+        env = bench.environment(self.device) if self.measures else {"threads": float("nan"), **machine.versions()}
         threads = f", {env['threads']} threads" if self.measures and env["threads"] else ""
         return f"profile {self.profile} on {self.device_name}{threads}; torch {env['torch']}"

@@ -26,6 +26,7 @@ from typing import Any, TypedDict
 import torch
 
 from .. import files
+from ..machine import versions
 
 
 class Entry(TypedDict):
@@ -152,8 +153,6 @@ def store(
         OSError: the folder cannot be written; the message names ``$BLOCKVIT_TUNED``.
     """
     global _stored
-    from ..results import versions
-
     entry: Entry = {
         "key": dict(key),
         "parameters": dict(parameters),

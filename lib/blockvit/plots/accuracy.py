@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ..losses import TITLES
-from .rows import block_sizes, one_of, require
+from ..losses import FROZEN, TITLES
+from .rows import baseline, block_sizes, one_of, require
 from .style import (
+    ACCENT,
     COLOURS,
     DENSE,
     WIDTH,
@@ -81,16 +82,26 @@ def variants(cells: pd.DataFrame, published_loss: float | None = None) -> Figure
     return figure
 
 
+_VARIANTS = {
+    FROZEN: "random masks, left as drawn",
+    "sparsity_schedule=cubic": "sparsity raised slowly (cubic)",
+    "method=magnitude sparsity_schedule=cubic": "method=magnitude, sparsity raised slowly",
+    "scores_lr=0.1 sparsity_schedule=cubic": "scores_lr=0.1, sparsity raised slowly",
+    "sparse_steps=10 sparse_weight_grad=kept": "sparse products, mask for 10 steps",
+}
+"""What would not be understood as the recipe's fields have it."""
+
+
 def _variant_name(variant: str) -> str:
-    return variant.replace(" ", ", ") if variant else "reference"
+    return _VARIANTS.get(variant, variant.replace(" ", ", ")) if variant else "reference"
 
 
 def mask_changes(masks: pd.DataFrame) -> Figure:
     """What training did to the masks of one block size and sparsity.
 
-    Left, by layer and of the reference method, the share of its blocks that a row of blocks keeps: median, and 20% to
-    80% of the rows. Right, by variant, the share of the kept blocks that the untrained mask had dropped: the mean of
-    the layers, and a tick a layer.
+    Left, by layer and of the reference method, the share of its blocks that a row of blocks keeps: median, and 20th to
+    80th percentile of the rows. Right, by variant, the share of the kept blocks that the untrained mask had dropped:
+    the mean of the layers, and a tick a layer.
 
     Args:
         masks: rows of the table ``masks``, all of one block size and sparsity, with the column ``variant``.
@@ -100,7 +111,10 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     layers = list(dict.fromkeys(rows["scope"]))
     variants = sorted(rows["variant"].unique())
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.6, 1.9 + 0.22 * len(variants))))
-    for metric, label, colour, shift in (("kept_before", "untrained", "0.6", -0.12), ("kept", "learnt", "C0", 0.12)):
+    for metric, label, colour, shift in (
+        ("kept_before", "before training", "0.6", -0.12),
+        ("kept", "learnt", ACCENT, 0.12),
+    ):
         cell = _by_layer(rows[(rows["variant"] == "") & (rows["metric"] == metric)])
         x = [layers.index(layer) + shift for layer in cell.index]
         spread = [cell["value"] - cell["low"], cell["high"] - cell["value"]]
@@ -108,7 +122,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     for i, variant in enumerate(variants):
         exchanged = _by_layer(rows[(rows["variant"] == variant) & (rows["metric"] == "exchanged")])["value"]
         right.plot(exchanged, [i] * len(exchanged), "|", color="0.5", ms=7, label=None if i else "a layer")
-        right.plot([exchanged.mean()], [i], "o", color="C0", ms=5, label=None if i else "mean of the layers")
+        right.plot([exchanged.mean()], [i], "o", color=ACCENT, ms=5, label=None if i else "mean of the layers")
     drawn_anew = 100 * rows["sparsity"].iloc[0]
     right.axvline(drawn_anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     left.set_xticks(range(len(layers)), [_layer_name(layer) for layer in layers], rotation=90, size=7)
@@ -133,20 +147,29 @@ def _layer_name(name: str) -> str:
 
 
 def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
-    """Accuracy against measured speed of one model: columns ``block_size``, ``sparsity``, ``speedup``, ``top1``.
+    """Accuracy against measured speed of one model; whiskers span the seeds, and the timings.
 
     Each point bears its sparsity, in its own colour and where it covers no other.
+
+    Args:
+        points: ``block_size``, ``sparsity``, ``speedup`` with ``speedup_low`` and ``speedup_high`` over whichever dense
+            variant, and ``top1`` with the ``low`` and ``high`` of its seeds.
+        dense_top1: the dense model's accuracy, in percent.
     """
     rows = require(points, "models with both accuracy and speed")
     figure, axes = plt.subplots(figsize=(WIDTH * 0.7, 3.4))
     for block in block_sizes(rows):
         cell = rows[rows["block_size"] == block].sort_values("sparsity")
         draw_line(axes, cell["speedup"], cell["top1"], block, linewidth=0)
+        timings = [cell["speedup"] - cell["speedup_low"], cell["speedup_high"] - cell["speedup"]]
+        seeds = [cell["top1"] - cell["low"], cell["high"] - cell["top1"]]
+        whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.7, "alpha": 0.5}
+        axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
     axes.plot([1], [dense_top1], marker="*", markersize=11, color=DENSE, linestyle="none", label="dense")
     axes.axhline(dense_top1 - 2, color=DENSE, linestyle=":", linewidth=1, label="2 points lost")
     axes.margins(0.08)
     axes.xaxis.set_major_formatter(FuncFormatter(as_times))
-    axes.set(xlabel="speedup over dense, measured", ylabel="test accuracy (%)")
+    axes.set(xlabel=f"speedup over {baseline(rows)}, measured", ylabel="test accuracy (%)")
     legend(figure)
     place_labels(
         axes,

@@ -6,19 +6,18 @@ import itertools
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..results import newest
+from .models import SCOPES
 from .rows import one_of, require
-from .style import DENSE, WIDTH, legend, sizes_axis
+from .style import ACCENT, ACCENT_TOO, DENSE, WIDTH, legend, panel_grid, shared_xlabel, sizes_axis
 
 TAILS = {"latency": "o", "latency_p90": "|", "latency_p99": ">"}
 """Metrics of a distribution of latencies and their markers: the median, the 90th and the 99th percentile."""
 
 _NAMES = {"latency": "median", "latency_p90": "90%", "latency_p99": "99%"}
-_SPARSE = sns.color_palette("colorblind", 6)
 
 
 def latency_tails(rows: pd.DataFrame) -> Figure:
@@ -37,7 +36,7 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
     dense = rows.groupby("variant")["backend"].first() == "dense"
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(table)))
     for place, (variant, times) in enumerate(table.iterrows()):
-        colour = DENSE if dense[variant] else _SPARSE[0]
+        colour = DENSE if dense[variant] else ACCENT
         axes.hlines(place, times["latency"], times["latency_p99"], color=colour, linewidth=1)
         for metric, marker in TAILS.items():
             axes.plot(times[metric], place, marker=marker, color=colour, markersize=6 if marker == "|" else 4.5)
@@ -58,31 +57,41 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
 
 
 def threads(rows: pd.DataFrame) -> Figure:
-    """Latency against the number of threads, dense engines in grey and sparse variants in colour; logarithmic axes.
+    """Latency against the number of threads, a panel a scope, dense engines in grey; logarithmic axes.
 
     Args:
-        rows: latencies (s) of one model, precision, batch size, block size and sparsity.
+        rows: latencies (s) of one model, precision, batch size, block size and sparsity; those of a scope and number
+            of threads, the dense ones that it is compared with among them, are of one group.
     """
     rows = require(rows[rows["metric"] == "latency"], "latencies by threads")
     one_of(rows, "model", "precision", "batch_size", "block_size", "sparsity")
-    rows = rows.assign(variant=_labels(rows), dense=rows["backend"] == "dense").sort_values("threads")
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.75, 3.1))
-    greys = itertools.cycle(zip(("0.2", "0.4", "0.55", "0.7"), "osD^", strict=True))
-    colours = itertools.cycle(zip(_SPARSE, "vP*<>X", strict=True))
-    order = sorted(set(zip(~rows["dense"], rows["backend"], rows["variant"], strict=True)))  # dense ones first
-    for sparse, _, variant in order:
-        line, is_dense = rows[rows["variant"] == variant], not sparse
-        colour, marker = next(greys if is_dense else colours)
-        axes.plot(
-            line["threads"], line["value"] * 1e3, color=colour, marker=marker, markersize=4.5,
-            linestyle="--" if is_dense else "-", linewidth=1.2, label=variant,
-        )  # fmt: skip
-    sizes_axis(axes, rows["threads"])
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="threads", ylabel="milliseconds")
-    axes.set_title(_setting(rows))
+    for (scope, count), cell in rows[rows["backend"] != "dense"].groupby(["scope", "threads"]):
+        if cell["group"].nunique() > 1:
+            raise ValueError(f"one group a scope and number of threads, but {scope} at {count:.0f} has several")
+    rows = rows.sort_values("threads")
+    scopes = {scope: cell["group"].unique() for scope, cell in rows[rows["backend"] != "dense"].groupby("scope")}
+    figure, panels = panel_grid(len(scopes), 2, 2.6, sharey=True)
+    engines = sorted(rows.loc[rows["backend"] == "dense", "compile"].unique())
+    greys = dict(zip(engines, itertools.cycle(zip(("0.2", "0.4", "0.55", "0.7"), "osD^", strict=True)), strict=False))
+    ours = sorted(set(rows["backend"]) - {"dense"})
+    colours = dict(zip(ours, itertools.cycle(zip((ACCENT, ACCENT_TOO), "vP", strict=True)), strict=False))
+    for axes, (scope, groups) in zip(panels, scopes.items(), strict=True):
+        together = rows[rows["group"].isin(groups) & rows["scope"].isin(["dense", scope])]
+        for (backend, engine), line in together.groupby(["backend", "compile"], sort=False):
+            is_dense = backend == "dense"
+            colour, marker = greys[engine] if is_dense else colours[backend]
+            axes.plot(
+                line["threads"], line["value"] * 1e3, color=colour, marker=marker, markersize=4.5, linewidth=1.2,
+                linestyle="--" if is_dense else "-", label=f"dense, {engine}" if is_dense else backend,
+            )  # fmt: skip
+        sizes_axis(axes, rows["threads"])
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(SCOPES.get(scope, f"{scope} sparse"))
+    shared_xlabel(panels, "threads")
+    panels[0].set_ylabel("milliseconds")
+    figure.suptitle(_setting(rows), fontsize=9)
     legend(figure)
     return figure
 

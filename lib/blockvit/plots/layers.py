@@ -123,7 +123,7 @@ def linear_speedup(
             reference_line(axes)
             if limits is not None:
                 bound = _limits(of_shape, limits)
-                limit_line(axes, bound.index, bound, "limit of arithmetic and bytes")
+                limit_line(axes, bound.index, bound, _limit_name(limits))
             if headline:
                 label = "published headline, large matmuls"
                 axes.axhline(headline, color=DENSE, linewidth=0.8, linestyle=":", label=label)
@@ -137,7 +137,7 @@ def linear_speedup(
             if row == 0:
                 axes.set_title(shape)
         panels[row, 0].set_ylabel(backend)
-    panels[-1, len(shapes) // 2].set_xlabel("sparsity (ticks on the line at 1×: break-even)")
+    figure.supxlabel("sparsity (ticks on the line at 1×: break-even)", fontsize="medium")
     legend(figure)
     shared_ylabel(figure, f"speedup over {baseline(rows)}")
     return figure
@@ -187,7 +187,7 @@ def contenders(
         axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
         if limits is not None:
             bound = _limits(panel[panel["block_size"].notna()], limits).median()
-            axes.axvline(bound, color=DENSE, linestyle="--", linewidth=1, label="limit of arithmetic and bytes")
+            axes.axvline(bound, color=DENSE, linestyle="--", linewidth=1, label=_limit_name(limits))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(as_ratios))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -236,7 +236,7 @@ def large_matmuls(
                 bound = pd.Series(
                     {size: _limits(at, limits).median() for size, at in cell.groupby("size")}, dtype=float
                 )
-                limit_line(axes, bound.index, bound, "limit of arithmetic and bytes")
+                limit_line(axes, bound.index, bound, _limit_name(limits))
             if headline:
                 axes.axhline(headline, color=DENSE, linewidth=0.8, linestyle=":", label="published headline")
             reference_line(axes)
@@ -280,7 +280,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | No
         if limits is not None:
             at = limits.reindex(cell.index)
             bound = (at["flop"] / at["seconds"] / peak).groupby(cell["sparsity"]).median()
-            limit_line(axes, bound.index, bound, "limit of arithmetic and bytes, median")
+            limit_line(axes, bound.index, bound, f"{_limit_name(limits)}, median")
         if not np.isnan(dense):
             reference_line(axes, dense, "dense layers, median")
         axes.set(title=backend, ylim=(0, max(1.03, 1.03 * rows["share"].max())))
@@ -299,6 +299,11 @@ def _one_token_count(rows: pd.DataFrame) -> None:
 
 def _shapes(rows: pd.DataFrame) -> list[str]:
     return sorted(rows["model"].unique(), key=lambda shape: [int(n) for n in re.findall(r"\d+", shape)])
+
+
+def _limit_name(limits: pd.DataFrame) -> str:
+    """What bounds: arithmetic alone where ``limits.linear_seconds`` was given no bandwidth."""
+    return "limit of arithmetic and bytes" if (limits["bound_by"] == "bytes").any() else "limit of arithmetic"
 
 
 def _limits(speedups: pd.DataFrame, limits: pd.DataFrame) -> pd.Series:

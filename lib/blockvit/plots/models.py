@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from ..limits import amdahl
 from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
 from .style import (
+    ACCENT,
     COLOURS,
     DENSE,
     WIDTH,
@@ -34,13 +35,19 @@ from .style import (
     spread,
 )
 
+AMDAHL = "Amdahl's law, one rate"
+"""No limit for a kernel that does its arithmetic at a higher rate than the dense one."""
+
+SCOPES = {"mlp": "MLP sparse", "mlp+attention": "MLP and attention sparse", "all": "all linear layers sparse"}
+"""Titles of what is sparse; others bear the name that the tables give them."""
+
 _MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D", "onnxruntime": "v", "openvino": "P"}
 
 
 def model_speedup(
     speedups: pd.DataFrame, backend: str, shares: Mapping[str, float], published: pd.DataFrame | None = None
 ) -> Figure:
-    """End-to-end speedup against sparsity, a panel a scope, a line a block size, Amdahl's bound drawn in.
+    """End-to-end speedup against sparsity, a panel a scope, a line a block size, Amdahl's law drawn in.
 
     Where a cell was measured in several compile modes, its fastest is drawn. 2:4 sparsity is a point, if it is there.
 
@@ -66,7 +73,7 @@ def model_speedup(
             draw_band(axes, line["sparsity"], line["speedup_low"], line["speedup_high"], block)
         points_without_blocks(axes, rows[rows["scope"] == scope])
         s = np.linspace(cell["sparsity"].min(), cell["sparsity"].max(), 100)
-        limit_line(axes, s, amdahl(s, shares[scope]), "Amdahl's bound")
+        limit_line(axes, s, amdahl(s, shares[scope]), AMDAHL)
         points = [] if published is None else published[published["scope"] == scope].dropna(subset="sparsity")
         for point in points.itertuples() if len(points) else ():
             published_point(axes, point.sparsity, point.value, point.block_size)
@@ -74,7 +81,7 @@ def model_speedup(
         reference_line(axes)
         percent_axis(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(as_times))
-        axes.set(title=f"{scope} sparse", xlabel="sparsity", ylim=(0, None))
+        axes.set(title=SCOPES.get(scope, f"{scope} sparse"), xlabel="sparsity", ylim=(0, None))
     panels[0].set_ylabel(f"speedup over {baseline(mine)}")
     figure.suptitle(": ".join(filter(None, (backend, _setting(mine)))), fontsize=9)
     legend(figure, f"published ({', '.join(sorted(devices))})" if devices else None)
@@ -91,7 +98,7 @@ def batch_sizes(
     Args:
         speedups: of one model, precision, scope and sparsity.
         backends: those to draw, in this order; what was not measured is left out.
-        bound: Amdahl's, drawn dashed; see ``limits.amdahl``.
+        bound: by Amdahl's law, drawn dashed; see ``limits.amdahl``.
         published_from: the batch size from which on the published models are faster than dense, a thin line.
     """
     rows = require(speedups[speedups["backend"].isin(backends)], "batch sizes")
@@ -105,7 +112,7 @@ def batch_sizes(
             draw_line(axes, line["batch_size"], line["speedup"], block)
         reference_line(axes)
         if bound:
-            axes.axhline(bound, color=DENSE, linestyle="--", linewidth=1, label="Amdahl's bound")
+            axes.axhline(bound, color=DENSE, linestyle="--", linewidth=1, label=AMDAHL)
         if published_from:
             label = f"published: faster from batch {published_from:g}"
             axes.axvline(published_from, color=DENSE, linestyle=":", linewidth=0.9, label=label)
@@ -142,11 +149,12 @@ def execution_modes(rows: pd.DataFrame) -> Figure:
     present = set(rows["compile"])
     modes = [*(m for m in _MODES if m in present), *sorted(present - set(_MODES))]
     markers = {**dict(zip(modes, itertools.cycle("*<>X"), strict=False)), **_MODES}
-    offsets = spread(modes, 0.56)
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + (0.11 + 0.095 * len(modes)) * len(order)))
     for place, variant in enumerate(order):
         colour = DENSE if variant == "dense" else block_style(blocks[variant])["color"]
-        for mode, cell in speed.loc[variant].iterrows():
+        ways = speed.loc[variant]
+        offsets = spread([mode for mode in modes if mode in ways.index], min(0.56, 0.14 * len(ways)))
+        for mode, cell in ways.iterrows():
             y = place + offsets[mode]
             fill = "white" if mode == "eager" else colour
             if cell["low"] == cell["low"]:  # the slow end of the times is the low end of the speed
@@ -180,10 +188,12 @@ def memory(rows: pd.DataFrame) -> Figure:
     """Model bytes and peak memory of one forward pass, dense and by backend and block size, in MB.
 
     Args:
-        rows: those with metric ``model_bytes`` or ``peak_memory`` (bytes) are drawn; of one model and precision.
+        rows: those with metric ``model_bytes`` or ``peak_memory`` (bytes) are drawn; of one model, batch size and
+            precision, the sparse ones of one scope and sparsity (2:4 besides them).
     """
     rows = require(rows[rows["metric"].isin(("model_bytes", "peak_memory"))], "memory")
-    one_of(rows, "model", "precision")
+    one_of(rows, "model", "precision", "batch_size")
+    one_of(rows[rows["block_size"].notna()], "scope", "sparsity")
     rows = rows.assign(variant=_variants(rows))
     named = rows.drop_duplicates("variant").sort_values(["backend", "block_size"], na_position="first")
     named = pd.concat([named[named["backend"] == "dense"], named[named["backend"] != "dense"]])
@@ -199,7 +209,8 @@ def memory(rows: pd.DataFrame) -> Figure:
         cell = rows[rows["metric"] == metric].groupby("variant")["value"].median().reindex(named["variant"]) / 1e6
         bars = axes.barh(places, cell, color=fills, edgecolor=colours, linewidth=0.8, height=0.8)
         labels = ["" if np.isnan(v) else f"{v:.0f}" if v >= 9.5 else f"{v:.2g}" for v in cell]
-        axes.bar_label(bars, labels, fontsize=6, padding=2)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axes.bar_label(bars, labels, fontsize=6, padding=2, bbox=box)
         if "dense" in cell and cell["dense"] == cell["dense"]:
             axes.axvline(cell["dense"], color=DENSE, linewidth=0.8, linestyle="--", zorder=0.5)
         axes.set(xlabel="MB", xlim=(0, 1.14 * (cell.max() if cell.notna().any() else 1)))
@@ -217,7 +228,7 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float]) -> Figu
     for axes, values, unit, scale in ((left, sizes, "MB", 1e6), (right, seconds, "s", 1.0)):
         names = list(values)
         heights = [values[n] / scale for n in names]
-        bars = axes.barh(names, heights, color=[DENSE, *[COLOURS[16]] * (len(names) - 1)], height=0.6)
+        bars = axes.barh(names, heights, color=[DENSE, *[ACCENT] * (len(names) - 1)], height=0.6)
         axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         axes.set(xlabel=unit, xlim=(0, max(heights) * 1.18))
         axes.invert_yaxis()

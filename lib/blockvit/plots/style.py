@@ -27,6 +27,9 @@ COLOURS = dict(zip(_BLOCKS, sns.color_palette("colorblind", len(_BLOCKS)), stric
 _MARKERS = dict(zip(_BLOCKS, "vosD^P*", strict=True))
 _DASHES = dict(zip(_BLOCKS, ((1, 1), (5, 1.5), (), (3, 1, 1, 1), (7, 2, 2, 2), (2, 2), (9, 2)), strict=True))
 DENSE = "0.35"
+ACCENT, ACCENT_TOO = "#54278f", "#9e6fce"
+"""Of what is ours but of no block size: a colour that no block size has, and a lighter one beside it."""
+
 NO_BLOCKS = "2:4, no blocks"
 WIDTH = 7.2  # inches: a notebook's or README's column
 
@@ -232,5 +235,6 @@ def place_labels(
         best = min([*sides, *rings], key=overlap)  # the first of equals: beside the point
         taken.append(box(*(at(x, y) + best), width, height))
         axes.annotate(
-            text, (x, y), xytext=best, textcoords="offset points", fontsize=size, color=colour, va="bottom", ha="left"
+            text, (x, y), xytext=best, textcoords="offset points", fontsize=size, color=colour, va="bottom", ha="left",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2, "alpha": 0.8},
         )  # fmt: skip

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .rows import block_sizes, by_block, one_of, require
-from .style import COLOURS, DENSE, WIDTH, draw_band, draw_line, legend, reference_line, sizes_axis
+from .style import ACCENT_TOO, COLOURS, DENSE, WIDTH, draw_band, draw_line, legend, reference_line, sizes_axis
 
 
 def training_curves(curves: pd.DataFrame) -> Figure:
@@ -78,12 +78,12 @@ def kept_blocks(kept: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     sns.boxplot(
         rows, x="layer", y="kept", hue="mask", ax=axes, fliersize=2, linewidth=0.8,
-        palette=dict(zip(rows["mask"].unique(), ("0.8", COLOURS[16]), strict=False)),
+        palette=dict(zip(rows["mask"].unique(), ("0.8", ACCENT_TOO), strict=False)),
     )  # fmt: skip
     axes.set(xlabel="", ylabel="share kept of a row of blocks")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.tick_params(axis="x", rotation=60, labelsize=7)
-    axes.legend(title=None)
+    axes.legend(title=None, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import checkpoint, data, files, models
 from ..fold import fold, layer_fates, to_block_sparse
+from ..machine import usable_cores
 from ..supermask import BLOG_TARGETS, METHODS, SCORES, sparsify, supermask_layers
 from .batches import accumulation, steps_per_epoch
 from .loop import History, NonFiniteLossError, fit
@@ -214,7 +215,9 @@ def report(history: History, recipe: Recipe, curve: Path) -> None:
 def export(model: nn.Module, path: Path, block_size: int) -> None:
     """Write ``model``, its masks folded: block-sparse for ``blockvit.load``, or its state dict if no block is zero."""
     model.cpu().eval()
-    if supermask_layers(model) and any(fate.fate != "dense" for fate in layer_fates(fold(model), block_size)):
+    if supermask_layers(model):
+        fold(model)
+    if any(fate.fate != "dense" for fate in layer_fates(model, block_size)):
         checkpoint.save(to_block_sparse(model, block_size, backend="dense"), path)  # a backend that runs everywhere
     else:
         files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
@@ -223,4 +226,4 @@ def export(model: nn.Module, path: Path, block_size: int) -> None:
 def _workers(processes: int) -> int:
     """Decoding processes for each training process: its share of the cores of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return max(1, min(16, len(os.sched_getaffinity(0)) // here))
+    return max(1, min(16, usable_cores() // here))
