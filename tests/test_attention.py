@@ -154,7 +154,7 @@ def test_projections_are_plain_linears_and_share_parameters():
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn", "hook"])
-def test_what_cannot_be_exchanged_stays_and_only_its_projection_is_refused(option):
+def test_what_cannot_be_replaced_stays_and_only_its_projection_is_refused(option):
     model = nn.Sequential(OrderedDict(attention=nn.MultiheadAttention(EMBED, HEADS), mlp=nn.Linear(EMBED, EMBED)))
     if option == "hook":
         model.attention.register_forward_hook(print)

@@ -224,7 +224,7 @@ def test_a_tile_that_is_no_power_of_two_is_an_error():
 
 
 def test_a_key_holds_the_sparsity_rounded():
-    key = torch_tuned.tuning_key(3072, 768, 1024, 64, torch.bfloat16, 58)
+    key = tuning.key(3072, 768, 1024, 64, torch.bfloat16, 58)
     assert key == {**LIKE, "sparsity": 0.9}
 
 
@@ -369,7 +369,7 @@ def test_a_case_is_stored_under_the_key_that_its_operands_look_up():
         x, matrix, bias = tune.make_operands(case, CPU)
         rows, cols = matrix.padded_shape
         assert x.shape == (50, cols) and bias.shape == (rows,) and matrix.values.dtype == case.dtype
-        key = torch_tuned.tuning_key(rows, cols, 50, case.block_size, case.dtype, matrix.nnz)
+        key = tuning.key(rows, cols, 50, case.block_size, case.dtype, matrix.nnz)
         assert tune.case_key(case) == key
 
 
@@ -477,7 +477,7 @@ name = sys.argv[1]
 torch.manual_seed(0)
 ROWS, COLS = 96, 64
 for b in (16, 32):
-    key = torch_tuned.tuning_key(ROWS, COLS, 4 * b, b, torch.float32, 3)
+    key = tuning.key(ROWS, COLS, 4 * b, b, torch.float32, 3)
     parameters = dict(GROUP_SIZE_ROW=2, SPLIT_N=2, num_stages=1, num_warps=4)
     tuning.store("cpu", "torch_tuned", key, parameters, ms=1.0, seconds=1.0)
     for tokens, kept, with_bias, activation in [
@@ -574,7 +574,7 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 def runnable_on_gpu(name: str, dtype: torch.dtype, block_size: int) -> None:
     """Skip unless it can run; gives ``torch_tuned`` PyTorch's default tile, and parameters unlike the defaults."""
     if name == "torch_tuned":
-        key = torch_tuned.tuning_key(256, 384, 8 * block_size, block_size, dtype, 1)
+        key = tuning.key(256, 384, 8 * block_size, block_size, dtype, 1)
         parameters = {"GROUP_SIZE_ROW": 2, "SPLIT_N": 8, "num_stages": 2 if block_size < 64 else 1, "num_warps": 4}
         gpu_name = tuning.device_name(torch.device("cuda", torch.cuda.current_device()))
         tuning.store(gpu_name, name, key, parameters, ms=1.0, seconds=1.0)

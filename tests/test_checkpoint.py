@@ -32,7 +32,7 @@ def sparse_vit(**arguments) -> nn.Module:
     return blockvit.to_block_sparse(blockvit.fold(model), BLOCK)
 
 
-def test_a_head_that_was_exchanged_is_saved_with_its_own_classes(tmp_path):
+def test_a_head_that_was_replaced_is_saved_with_its_own_classes(tmp_path):
     model = vit()
     model.heads.head = nn.Linear(32, 7)
     assert model.num_classes == 10

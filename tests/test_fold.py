@@ -170,7 +170,7 @@ def test_nothing_to_fold():
         fold(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_a_single_layer_cannot_be_exchanged_in_place():
+def test_a_single_layer_cannot_be_replaced_in_place():
     with pytest.raises(ValueError, match=r"itself the SupermaskLinear .* wrap it in nn\.Sequential"):
         fold(SupermaskLinear(8, 8, sparsity=0.5, block_size=4))
     zeros = nn.Linear(8, 8)

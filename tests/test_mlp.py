@@ -138,7 +138,7 @@ def test_which_sequences_are_recognised(build, fusable):
     assert torch.equal(model(x), expected)
 
 
-def test_the_model_itself_is_not_exchanged():
+def test_the_model_itself_is_not_replaced():
     model = nn.Sequential(layer(), layer())
     assert fuse_mlps(model, True) is model and type(model) is nn.Sequential
 

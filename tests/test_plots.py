@@ -441,7 +441,7 @@ def lines_of(axes, label: str):
 
 
 def ticks_of(axes):
-    return [line for line in axes.lines if line.get_marker() == "|"]
+    return [line for line in axes.lines if line.get_marker() == "|" and len(line.get_xdata())]
 
 
 def on_drawn_line(line, x: float) -> float:

@@ -975,7 +975,7 @@ def test_an_error_in_one_layers_setting_leaves_no_layer_masked(sparsity, message
     assert not supermask_layers(model) and model.state_dict().keys() == before
 
 
-# --- what cannot be exchanged ----------------------------------------------------------------------------------------
+# --- what cannot be replaced -----------------------------------------------------------------------------------------
 
 
 def swin(**arguments) -> nn.Module:
@@ -1028,13 +1028,13 @@ def spoiled(spoil) -> nn.Sequential:
         (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), r"its bias .*prune\.remove\(layer, 'bias'\) first"),
         (parametrizations.weight_norm, r"remove_parametrizations\(layer, name\) for each of \['weight'\] first"),
         (lambda layer: setattr(layer, "weight", nn.Parameter(torch.empty(0, 8))), r"shape \(0, 8\), which holds no"),
-        (lambda layer: layer.register_forward_hook(print), r"1 \(Linear\) has hooks, which exchanging it would lose"),
+        (lambda layer: layer.register_forward_hook(print), r"1 \(Linear\) has hooks, which replacing it would lose"),
         (lambda layer: layer.register_full_backward_pre_hook(print), "has hooks"),
         (lambda layer: setattr(layer, "forward", abs), "has a forward set on the instance"),
     ],
     ids=["weight norm", "spectral norm", "pruned", "parametrized", "empty", "hook", "backward hook", "forward"],
 )
-def test_layers_that_exchanging_would_break_are_named_with_the_remedy(spoil, message):
+def test_layers_that_replacing_would_break_are_named_with_the_remedy(spoil, message):
     for convert in (sparsify, blockvit.to_block_sparse):
         model = spoiled(spoil)
         with torch.no_grad():

@@ -219,7 +219,7 @@ def test_multiplies_with_the_transposed_matrix_without_a_copy(device, block_size
     assert torch.equal(w.values[order.long()].transpose(1, 2), t.values)
     x = torch.randn(w.shape[0], 50).t()
     parts = [v.to(device) for v in (x, t.crow_indices, t.col_indices, w.values)]
-    y = linear.launch(*parts, precision="ieee", order=order.to(device), transposed=True)
+    y = linear.launch(*parts, precision="ieee", order=order.to(device))
     assert_right(y.cpu(), x, t)
 
 
@@ -312,7 +312,7 @@ def test_tuned_groups_and_parameters_are_used(device, monkeypatch):
     name = tuning.device_name(torch.device(device, 0) if device == "cuda" else CPU)
     sparse, dense = layer(device=device, activation=None)
     nnz, used = sparse.values.shape[0], []
-    key = parameters.key(48, 80, 3, 16, torch.float32, nnz, "tf32x3")
+    key = tuning.key(48, 80, 3, 16, torch.float32, nnz, "tf32x3")
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 2, "num_stages": 1}
     tuning.store(name, "triton", key, {"GROUP": 4, **tiles}, ms=1.0, seconds=1.0)
     sparse._pack()
@@ -565,7 +565,7 @@ def test_parameters_of_far_more_or_fewer_tokens_are_not_taken_over():
         return parameters.linear(tuning.stored(), CPU, tokens, 3072, 768, *like, 2, 230)["BLOCK_M"]
 
     for tokens in (1000, 50432):
-        key = parameters.key(3072, 768, tokens, *like)
+        key = tuning.key(3072, 768, tokens, *like)
         tuning.store("cpu", "triton", key, {"GROUP": 2, **tiles, "BLOCK_M": tokens % 512}, ms=1.0, seconds=1.0)
     assert [find(tokens) for tokens in (50432 * 4, 50432, 50432 // 4)] == [50432 % 512] * 3
     assert [find(tokens) for tokens in (4000, 250)] == [1000 % 512] * 2
@@ -575,7 +575,7 @@ def test_parameters_of_far_more_or_fewer_tokens_are_not_taken_over():
 @plain
 def test_parameters_of_the_nearest_that_was_tuned_with_the_same_group():
     def store(group, block_m, **changed):
-        key = {**parameters.key(3072, 768, 50432, 32, torch.bfloat16, 230, "ieee"), **changed}
+        key = {**tuning.key(3072, 768, 50432, 32, torch.bfloat16, 230, "ieee"), **changed}
         tiles = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
         tuning.store("cpu", "triton", key, {"GROUP": group, **tiles}, ms=1.0, seconds=1.0)
 

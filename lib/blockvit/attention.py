@@ -48,7 +48,7 @@ class MultiheadAttention(nn.Module):
         if mha.bias_k is not None or mha.bias_v is not None or mha.add_zero_attn:
             raise NotImplementedError(
                 "nn.MultiheadAttention with add_bias_kv or add_zero_attn is not supported; "
-                "build the model without them, or exchange this module yourself"
+                "build the model without them, or replace this module yourself"
             )
         new = cls(mha.embed_dim, mha.num_heads, dropout=mha.dropout, batch_first=mha.batch_first)
         bias = mha.in_proj_bias
@@ -178,7 +178,7 @@ def rename_packed_projection(
             state_dict[f"{prefix}{part}_proj.weight"] = state_dict.pop(f"{prefix}{part}_proj_weight")
 
 
-def _is_exchangeable(module: nn.Module) -> bool:
+def _is_replaceable(module: nn.Module) -> bool:
     plain = type(module) is nn.MultiheadAttention and not is_hooked(module)
     return plain and module.bias_k is None and not module.add_zero_attn
 
@@ -192,7 +192,7 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         if within is not None and name.startswith(within):
             continue
-        if _is_exchangeable(module):
+        if _is_replaceable(module):
             within = f"{name}."
             if id(module) not in made:
                 made[id(module)] = MultiheadAttention.from_torch(module)
@@ -203,7 +203,7 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expose_projections(model: nn.Module) -> nn.Module:
-    """Exchange every ``nn.MultiheadAttention`` below ``model`` for one with real modules, in place; same outputs.
+    """Replace every ``nn.MultiheadAttention`` below ``model`` by one with real modules, in place; same outputs.
 
     Subclasses stay as they are, because they may compute otherwise, and so do those with hooks, ``add_bias_kv`` or
     ``add_zero_attn``: to mask their ``out_proj`` is an error, see ``targets.obstacles``. PyTorch's fused inference
@@ -214,7 +214,7 @@ def expose_projections(model: nn.Module) -> nn.Module:
         ValueError: ``model`` is an ``nn.MultiheadAttention`` itself, or one below it has computed weights.
     """
     _check_not_attention(model)
-    found = [name for name, module in model.named_modules(remove_duplicate=False) if _is_exchangeable(module)]
+    found = [name for name, module in model.named_modules(remove_duplicate=False) if _is_replaceable(module)]
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
     turn_off_fused_paths(model)
     return model

@@ -180,7 +180,7 @@ def load(
 
     Args:
         path: the file.
-        model: a dense model of the same architecture, exchanged in place. Not needed for torchvision's
+        model: a dense model of the same architecture, replaced in place. Not needed for torchvision's
             ``VisionTransformer``, which is built from the file.
         backend: ``"auto"``, the preferred one on this machine, or a backend's name.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.

@@ -181,7 +181,7 @@ def to_block_sparse(
     fuse_mlp: bool | str = "auto",
     dense_backend: str | None = None,
 ) -> nn.Module:
-    """Exchange each ``nn.Linear`` that holds zero blocks for a ``BlockSparseLinear``, in place; returns ``model``.
+    """Replace each ``nn.Linear`` that holds zero blocks by a ``BlockSparseLinear``, in place; returns ``model``.
 
     Args:
         model: a folded model, or any whose linear weights hold blocks of zeros.
@@ -195,16 +195,17 @@ def to_block_sparse(
         fuse_mlp: make a ``BlockSparseMLP``, which can run as one kernel, of each ``nn.Sequential`` that begins with two
             converted layers: ``"auto"`` where that kernel runs here and now (both layers on the ``"triton"`` backend),
             True also for a model that is yet to be moved to a GPU, False nowhere.
-        dense_backend: where the linear layers go that would stay dense. None leaves them ``nn.Linear``. A backend's
-            name makes them ``BlockSparseLinear`` too, with all their blocks, which are then frozen and held twice (as
-            checkpoint and packed); so does a ViT's patch embedding, as a ``patches.PatchEmbedding``. ``"auto"``
-            measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at least a tenth faster than PyTorch's
-            own at one image's tokens. Other convolutions and subclasses of ``nn.Linear`` stay.
+        dense_backend: where the linear layers go that would stay dense, whatever the targets, but for those in
+            ``skip``. None leaves them ``nn.Linear``. A backend's name converts them too, with every block stored:
+            frozen, and held twice (BSR parts and packed form). A ViT's patch embedding becomes a
+            ``patches.PatchEmbedding``. ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at
+            least a tenth faster than PyTorch's own at one image's tokens. Other convolutions and subclasses of
+            ``nn.Linear`` stay.
 
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
-            fate), a mask is not folded yet, a target matches nothing or names a layer that cannot be exchanged (see
-            ``sparsify``), a layer to be exchanged has hooks, or one was converted before in blocks of another size. The
+            fate), a mask is not folded yet, a target matches nothing or names a layer that cannot be replaced (see
+            ``sparsify``), a layer to be replaced has hooks, or one was converted before in blocks of another size. The
             model is then as it was.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
@@ -227,7 +228,7 @@ def to_block_sparse(
         return BlockSparseLinear.from_dense(linear, block_size, backend=backend)
 
     before = _converted_before({name: modules[name] for name in modules if name in chosen}, block_size, backend)
-    for name in converts:  # all that can be refused is, before the first layer is exchanged
+    for name in converts:  # all that can be refused is, before the first layer is replaced
         weight = modules[name].weight
         resolve(backend, weight.device, weight.dtype, block_size)
     replacements = dict.fromkeys(converts, convert)

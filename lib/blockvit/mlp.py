@@ -25,8 +25,8 @@ class BlockSparseMLP(nn.Sequential):
     are its results, within the tolerance of their dtype. The kernel runs if
 
     - both layers are on the ``"triton"`` backend, in one dtype and block size,
-    - nothing between them does anything but one ``nn.GELU``; an ``nn.Dropout`` does while it is in training,
-    - no derivative is asked for: hidden activations, which it would be made from, are not kept,
+    - at most one ``nn.GELU`` is active between them (an ``nn.Dropout`` counts as active in training mode),
+    - no gradient is needed: the hidden activations are not kept,
     - no child that would not be called has forward hooks,
     - there are at least ``min_tokens`` tokens: with fewer, parts of the GPU would have nothing to do.
 
@@ -49,7 +49,7 @@ class BlockSparseMLP(nn.Sequential):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, nn.Module):  # one child exchanged for another
+        if isinstance(value, nn.Module):  # one child replaced by another
             self._schedule()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseMLP:
@@ -192,7 +192,7 @@ def check_fuse(fuse: bool | str) -> None:
 def fuse_mlps(model: nn.Module, fuse: bool | str = "auto") -> nn.Module:
     """Make each ``nn.Sequential`` of ``model`` that begins like one a ``BlockSparseMLP``, in place; returns ``model``.
 
-    Outputs stay the same within the tolerance of their dtype. The model itself is not exchanged, nor are subclasses of
+    Outputs stay the same within the tolerance of their dtype. The model itself is not replaced, nor are subclasses of
     ``nn.Sequential`` that have their own ``forward``, and sequences with hooks.
 
     Args:

@@ -57,7 +57,7 @@ SMALL_POSITION_STD = 0.5
 def num_classes(model: nn.Module) -> int | None:
     """How many logits a ``VisionTransformer`` returns; None for a model that is not built as torchvision's.
 
-    Read from the head: ``model.num_classes`` stays what it was when the head is exchanged, as for fine-tuning.
+    Read from the head: ``model.num_classes`` stays what it was when the head is replaced, as for fine-tuning.
     """
     head = getattr(getattr(model, "heads", None), "head", None)
     return getattr(head, "out_features", None)

@@ -355,7 +355,7 @@ def break_even(sparsity: Sequence[float], speedup: Sequence[float], *, log: bool
         speedup: over dense, for each sparsity.
         log: interpolate the speedup's logarithm: the place where a line drawn on a logarithmic axis crosses 1. Without
             it the speedup itself is interpolated, which is where a line on a linear axis does, and what the published
-            break-even sparsities are compared with. The two differ by what lies between two measured points at most.
+            break-even sparsities are compared with. Both lie between the same two measured points.
     """
     order = np.argsort(sparsity)
     s, v = np.asarray(sparsity, dtype=float)[order], np.asarray(speedup, dtype=float)[order]

@@ -320,7 +320,7 @@ def sparsify(
 ) -> nn.Module:
     """Give the targeted layers of ``model`` supermasks, in place; returns ``model``.
 
-    Every ``nn.MultiheadAttention`` is first exchanged for one with the same output whose projections are modules
+    Every ``nn.MultiheadAttention`` is first replaced by one with the same output whose projections are modules
     (see ``attention``): otherwise a mask on ``out_proj`` would never be applied.
 
     Args:
@@ -328,7 +328,7 @@ def sparsify(
         sparsity: fraction of blocks to drop, in [0, 1); or one for each layer, as a mapping from target to value
             (``{"mlp": 0.9, "out_proj": 0.8}``, first match wins, ``"*"`` for the rest) or as ``f(name, module)``.
         block_size: edge length of the blocks; or one for each layer, as above.
-        targets: which layers. Strings match a module's name, one or several neighbouring parts of it between dots
+        targets: which layers. Strings match a module's name, one or more consecutive parts of it between dots
             (``"mlp"`` and ``"encoder_layer_0.mlp"`` match ``encoder.layers.encoder_layer_0.mlp.3``), or as a glob
             (``"*.mlp.0"``); or a predicate ``(name, module) -> bool``. Attention's projections are called
             ``"qkv"`` and ``"out_proj"``.
@@ -343,7 +343,7 @@ def sparsify(
     Raises:
         ValueError: sparsity outside [0, 1), block size < 1, a target, skip or key of a mapping that matches nothing
             (the message lists the layers there are), a layer that already has a mask, an unknown ``method`` or
-            ``scores``, or settings of scores for a method that has none. Also a layer that cannot be exchanged: its
+            ``scores``, or settings of scores for a method that has none. Also a layer that cannot be replaced: its
             weight is read by a module that never calls it (torchvision's Swin attention, subclasses of
             ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds nothing, or has hooks.
             The model is then as it was.
@@ -355,7 +355,7 @@ def sparsify(
     _check_scores_setting(method, scores, train_scores)
     if targets is None:
         raise ValueError('targets is None; name the layers to mask, e.g. targets=("mlp", "head"), or "*" for all')
-    # Everything is looked up before the first layer is exchanged, so that an error leaves the model as it was.
+    # Everything is looked up before the first layer is replaced, so that an error leaves the model as it was.
     chosen = matching(model, targets, skip, types=tuple(MASKED_TYPES), modules=exposed_modules(model))
     for name, module in chosen.items():
         if isinstance(module, _Supermask):

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def name_matches(name: str, target: str) -> bool:
-    """Whether ``target`` is one or several neighbouring parts of a dotted module name, or a glob that matches it."""
+    """Whether ``target`` is one or more consecutive parts of a dotted module name, or a glob that matches it."""
     return f".{target}." in f".{name}." or fnmatchcase(name, target)
 
 
@@ -31,11 +31,11 @@ def matching(
     """The layers of ``model`` of one of ``types`` that ``targets`` name and ``skip`` does not, by name, in order.
 
     A layer counts if its type is exactly one of ``types`` or a subclass made by this library; the model itself does
-    not. None for ``targets`` means every layer that can be exchanged. ``modules``: what stands for those of ``model``.
+    not. None for ``targets`` means every layer that can be replaced. ``modules``: what stands for those of ``model``.
 
     Raises:
         ValueError: a string that matches no layer, nothing left (the message lists the layers), or a target that names
-            a layer which cannot be exchanged (see ``obstacles``).
+            a layer which cannot be replaced (see ``obstacles``).
     """
     modules = dict(model.named_modules(remove_duplicate=False)) if modules is None else modules
     hindered = obstacles(modules, types)
@@ -43,7 +43,7 @@ def matching(
     if not layers or "" in layers:
         raise ValueError(
             f"{type(model).__name__} holds no layers of type {' or '.join(t.__name__ for t in types)} that could be "
-            "exchanged; pass the model that contains them (a single layer can be wrapped in nn.Sequential)"
+            "replaced; pass the model that contains them (a single layer can be wrapped in nn.Sequential)"
         )
     if targets is None:
         chosen = {name: module for name, module in layers.items() if name not in hindered}
@@ -57,14 +57,14 @@ def matching(
         )
     if named := [f"  {name}: {why}" for name, why in hindered.items() if name in left]:
         raise ValueError(
-            "layers among the targets cannot be exchanged; leave them out with skip=, or mend what is said of each:\n"
+            "layers among the targets cannot be replaced; leave them out with skip=, or mend what is said of each:\n"
             + "\n".join(named)
         )
     return left
 
 
 def obstacles(modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]) -> dict[str, str]:
-    """Why layers of ``types`` among ``modules`` cannot be exchanged, by name; of those with an obstacle only."""
+    """Why layers of ``types`` among ``modules`` cannot be replaced, by name; of those with an obstacle only."""
     found = {name: _obstacle(name, module, modules) for name, module in modules.items() if isinstance(module, types)}
     return {name: why for name, why in found.items() if why is not None}
 
@@ -103,7 +103,7 @@ _READING_FORWARDS = {
 
 def _children_read_by(module: nn.Module | None) -> tuple[str, ...]:
     """The children of ``module`` whose weights it reads instead of calling them, as far as it is known."""
-    if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been exchanged for one that calls it
+    if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
         return ("out_proj",)
     forward = getattr(type(module), "forward", None)
     return _READING_FORWARDS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}", ())
@@ -179,28 +179,28 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def check_not_hooked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if one of ``modules``, which are to be exchanged, has what would be lost with it."""
+    """Raise ``ValueError`` if one of ``modules``, which are to be replaced, has what would be lost with it."""
     for name, module in modules.items():
         if is_hooked(module):
             what = "a forward set on the instance" if "forward" in vars(module) else "hooks"
             raise ValueError(
-                f"{name} ({type(module).__name__}) has {what}, which exchanging it would lose; remove that first, "
+                f"{name} ({type(module).__name__}) has {what}, which replacing it would lose; remove that first, "
                 "or leave the layer out with skip="
             )
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:
-    """Exchange submodules in place: each name maps to a function from the old module to the new one.
+    """Replace submodules in place: each name maps to a function from the old module to the new one.
 
-    A module that stands at several names, itself or through a shared parent, is exchanged once and shared again. All
-    new modules are made before the first is exchanged, so that an error leaves the model as it was.
+    A module that stands at several names, itself or through a shared parent, is replaced once and shared again. All
+    new modules are made before the first is replaced, so that an error leaves the model as it was.
 
     Raises:
-        ValueError: the model itself is to be exchanged, or a module that has hooks.
+        ValueError: the model itself is to be replaced, or a module that has hooks.
     """
     if "" in replacements:
         raise ValueError(
-            f"the model is itself the {type(model).__name__} to be exchanged, which cannot be done in place; "
+            f"the model is itself the {type(model).__name__} to be replaced, which cannot be done in place; "
             "wrap it in nn.Sequential"
         )
     old = {name: model.get_submodule(name) for name in replacements}
@@ -218,7 +218,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Mo
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """If what is done within fails, every submodule of ``model`` stands again where it stood, set as it was.
 
-    Tensors are not copied: what is done within may exchange modules, and not write into parameters.
+    Tensors are not copied: what is done within may replace modules, and not write into parameters.
     """
     before = [(module, vars(module).copy(), dict(module._modules)) for module in model.modules()]
     try:

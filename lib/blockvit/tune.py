@@ -202,14 +202,14 @@ def tune_torch_bsr(
 def case_key(case: Case) -> dict[str, Any]:
     """The key that a case is stored under for PyTorch's kernel."""
     rows, cols, nnz = _padded(case)
-    return torch_tuned.tuning_key(rows, cols, case.tokens, case.block_size, case.dtype, nnz)
+    return tuning.key(rows, cols, case.tokens, case.block_size, case.dtype, nnz)
 
 
 def triton_key(case: Case) -> dict[str, Any]:
     """The key that a case is stored under for our kernel; float32 is another case while TF32 is allowed."""
     rows, cols, nnz = _padded(case)
     precision = parameters.precision(case.dtype)
-    return parameters.key(rows, cols, case.tokens, case.block_size, case.dtype, nnz, precision)
+    return tuning.key(rows, cols, case.tokens, case.block_size, case.dtype, nnz, precision)
 
 
 def _padded(case: Case) -> tuple[int, int, int]:

@@ -212,10 +212,11 @@ def beats(ours: Callable[[], Tensor], dense: Callable[[], Tensor]) -> bool:
     return median(times[0]) * MARGIN < median(times[1])
 
 
-def peak_flops(seconds: float = 0.1) -> float:
+def peak_flops(seconds: float = 2.0) -> float:
     """Measured floating-point operations a second of multiply-adds in registers, on all of PyTorch's threads.
 
-    What no float32 kernel can exceed here: the roof of a roofline. The best of several runs in about ``seconds``.
+    What no float32 kernel can exceed here: the roof of a roofline. The best of many runs in about ``seconds``: for the
+    first tenths of a second two threads may share a core, or the cores belong to others.
 
     Raises:
         RuntimeError: the kernel could not be built.

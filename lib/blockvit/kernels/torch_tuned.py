@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +23,6 @@ NAME = "torch_tuned"
 
 WASTE = 8
 """A tile taken over from another number of tokens may add an eighth of the tokens as padding; else it is halved."""
-
-
-def tuning_key(
-    out_features: int, in_features: int, tokens: int, block_size: int, dtype: torch.dtype, nnz: int
-) -> dict[str, Any]:
-    """What parameters depend on. Sizes are the padded ones, ``nnz`` is the number of stored blocks."""
-    blocks = out_features * in_features / block_size**2
-    return {
-        "block_size": block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "in_features": in_features,
-        "out_features": out_features,
-        "sparsity": round(1 - nnz / blocks, 2),
-        "tokens": tokens,
-    }
 
 
 def fit(entry: tuning.Entry, tokens: int) -> tuple[dict[str, int], int]:
@@ -83,11 +67,10 @@ def _launch(
     nnz: int,
 ) -> tuple[dict[str, int], int]:
     """Parameters and padded tokens of a call; remembered, because a look-up takes longer than a small product."""
-    key = tuning_key(out_features, in_features, tokens, block_size, dtype, nnz)
-    name = tuning.device_name(device)
-    entry = tuning.nearest(tuning.load(name).get(NAME, []), key)
+    key = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz)
+    entry = tuning.nearest(tuning.entries(device, NAME), key)
     if entry is None:
-        raise RuntimeError(_untuned(name, dtype, block_size))
+        raise RuntimeError(_untuned(tuning.device_name(device), dtype, block_size))
     return fit(entry, tokens)
 
 

@@ -69,6 +69,32 @@ def path(device_name: str) -> Path:
     return folder() / f"{files.slug(device_name)}.json"
 
 
+def key(
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    block_size: int,
+    dtype: torch.dtype,
+    nnz: int,
+    precision: str = "ieee",
+) -> dict[str, Any]:
+    """What parameters of a linear layer depend on. Sizes are the padded ones, ``nnz`` the number of stored blocks."""
+    blocks = out_features * in_features / block_size**2
+    return {
+        "block_size": block_size,
+        "dtype": "tf32" if precision == "tf32" else str(dtype).removeprefix("torch."),
+        "in_features": in_features,
+        "out_features": out_features,
+        "sparsity": round(1 - nnz / blocks, 2),
+        "tokens": tokens,
+    }
+
+
+def entries(device: torch.device, backend: str) -> list[Entry]:
+    """What is kept of ``backend`` for ``device``."""
+    return load(device_name(device)).get(backend, [])
+
+
 def device_name(device: torch.device) -> str:
     """The name that a device's entries are kept under: the GPU's, or ``"cpu"``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -163,7 +163,7 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
         draw_line(axes, cell["speedup"], cell["top1"], block, linewidth=0)
         timings = [cell["speedup"] - cell["speedup_low"], cell["speedup_high"] - cell["speedup"]]
         seeds = [cell["top1"] - cell["low"], cell["high"] - cell["top1"]]
-        whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.7, "alpha": 0.5}
+        whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.7, "alpha": 0.3}
         axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
     axes.plot([1], [dense_top1], marker="*", markersize=11, color=DENSE, linestyle="none", label="dense")
     axes.axhline(dense_top1 - 2, color=DENSE, linestyle=":", linewidth=1, label="2 points lost")

@@ -119,6 +119,7 @@ def linear_speedup(
                 edge = break_even(list(line.index), list(line), log=True)
                 if edge is not None and edge > line.index.min():
                     axes.plot([edge], [1], marker="|", markersize=10, color=COLOURS[block], zorder=4)
+                    axes.plot([], [], marker="|", markersize=8, color=DENSE, linestyle="none", label="break-even")
             points_without_blocks(axes, of_shape)
             reference_line(axes)
             if limits is not None:
@@ -137,7 +138,7 @@ def linear_speedup(
             if row == 0:
                 axes.set_title(shape)
         panels[row, 0].set_ylabel(backend)
-    figure.supxlabel("sparsity (ticks on the line at 1×: break-even)", fontsize="medium")
+    shared_xlabel(panels[-1], "sparsity")
     legend(figure)
     shared_ylabel(figure, f"speedup over {baseline(rows)}")
     return figure

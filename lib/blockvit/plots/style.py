@@ -140,7 +140,9 @@ def shared_ylabel(figure: Figure, text: str) -> None:
     figure.draw_without_rendering()
     heights = [axes.get_position() for axes in figure.axes]
     middle = (min(box.y0 for box in heights) + max(box.y1 for box in heights)) / 2
-    figure.supylabel(text, y=middle, fontsize="medium")
+    if figure.get_figheight() < 3.2:  # inches, beside which a line of words would be too long
+        text = text.replace(" over ", " over\n")
+    figure.supylabel(text, y=middle, fontsize="medium", ha="center")
 
 
 def percent_axis(axes: Axes) -> None:

@@ -31,7 +31,7 @@ class Recipe:
         batch_size: pictures in a step, of all processes and accumulated passes together: what ``lr`` belongs to. The
             last, smaller batch of an epoch is left out.
         lr: peak learning rate of AdamW.
-        weight_decay: of weights, and of what the next four do not say otherwise (``None``).
+        weight_decay: of weights, and of each group below whose own decay is ``None``.
         norm_weight_decay: of normalisation layers.
         bias_weight_decay: of biases.
         transformer_embedding_decay: of the class token and the position embedding.

@@ -71,7 +71,7 @@ class MLPCase:
             x = torch.randn(self.tokens, self.width, device=device).to(dtype)
 
             def block_sparse(name: str) -> Callable[[], Tensor]:
-                # Inside another module, because a model itself is never exchanged for one that runs as one kernel.
+                # Inside another module, because a model itself is never replaced by one that runs as one kernel.
                 return partial(convert(nn.Sequential(copy.deepcopy(pruned)), name, self.block_size), x)
 
             variants = [

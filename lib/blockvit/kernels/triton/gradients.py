@@ -178,8 +178,7 @@ _library = torch.library.Library("blockvit", "FRAGMENT")
 
 
 def _product(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
-    how = {"precision": tuned.precision(x.dtype), "order": order, "transposed": order is not None}
-    return linear.launch(x, crow, col, values, bias, **how)
+    return linear.launch(x, crow, col, values, bias, precision=tuned.precision(x.dtype), order=order)
 
 
 def _sampled(

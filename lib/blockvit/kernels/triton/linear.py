@@ -144,14 +144,13 @@ def launch(
     out_features: int | None = None,
     nnz: int | None = None,
     order: Tensor | None = None,
-    transposed: bool = False,
     parameters: Mapping[str, int] | None = None,
 ) -> Tensor:
     """``y[t, g * R + i] = activation(sum x[t, col[k] * C + j] * B[k][i, j] + bias[g * R + i])``, contiguous.
 
     The sum is over ``k`` from ``crow[g]`` to ``crow[g + 1]`` and ``j``. Block ``B[k]`` ``(R, C)`` is ``values[k]`` or,
-    with an ``order``, ``values[order[k]]``; ``transposed``: its transpose. So a product with the transposed matrix
-    needs other indices, but no copy of the values. Reads nothing back: no wait for the device.
+    with an ``order``, the transpose of ``values[order[k]]``: a product with the transposed matrix needs other indices,
+    but no copy of the values. Reads nothing back: no wait for the device.
 
     Args:
         x: ``(tokens, in)``, any strides, at least one token.
@@ -166,11 +165,10 @@ def launch(
         out_features: number of outputs; needed with ``rows``, where the groups may have more.
         nnz: blocks ``(C, C)`` of the weight before it was put in groups, by which parameters are looked up.
         order: int32 ``(blocks,)``.
-        transposed: blocks are the transposes of what ``values`` holds.
         parameters: ``BLOCK_M``, ``BLOCK_N``, ``BLOCK_K``, ``num_warps``, ``num_stages``; None: see ``parameters``.
     """
     tokens, (height, width) = x.shape[0], values.shape[1:]
-    if transposed:
+    if order is not None:
         height, width = width, height
     groups = crow.shape[0] - 1
     out_features = groups * height if out_features is None else out_features
@@ -197,7 +195,7 @@ def launch(
             y.stride(0),
             ROWS=height,
             COLS=width,
-            TRANSPOSED=transposed,
+            TRANSPOSED=order is not None,
             ACTIVATION=activation,
             PRECISION=precision,
             enable_fp_fusion=True,  # Triton's default, which 3.9 warns of when it is not said

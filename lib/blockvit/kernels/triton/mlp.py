@@ -369,7 +369,7 @@ def default_parameters(height: int, itemsize: int, shared: int) -> dict[str, int
 def key(sizes: tuple[int, int], tokens: int, block_size: int, dtype: torch.dtype, nnz: int, precision: str) -> dict:
     """What launch parameters depend on: the first layer's ``sizes`` ``(in, hidden)`` before padding, and its blocks."""
     in_features, hidden = (-(-size // block_size) * block_size for size in sizes)
-    return tuned.key(hidden, in_features, tokens, block_size, dtype, nnz, precision)
+    return tuning.key(hidden, in_features, tokens, block_size, dtype, nnz, precision)
 
 
 @lru_cache(maxsize=4096)
@@ -385,7 +385,7 @@ def _parameters(
     height: int,
 ) -> Mapping[str, int]:
     """Tuned for this GPU, else by rule. Remembered; ``stored`` is ``tuning.stored()``: what was just tuned counts."""
-    entries = tuning.load(tuning.device_name(device)).get(tuned.MLP, [])
+    entries = tuning.entries(device, tuned.MLP)
     entry = tuning.nearest(entries, key(sizes, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return entry["parameters"]
@@ -402,7 +402,7 @@ def min_tokens(device: torch.device, sizes: tuple[int, int], block_size: int, dt
     """
     wanted = key(sizes, 1, block_size, dtype, nnz, tuned.precision(dtype))
     alike = ("block_size", "dtype", "in_features", "out_features")
-    entries = tuning.load(tuning.device_name(device)).get(tuned.MLP, [])
+    entries = tuning.entries(device, tuned.MLP)
     entries = [e for e in entries if all(e["key"][name] == wanted[name] for name in alike)]
     if not entries:
         promising = dtype.itemsize == 2 and block_size >= 64

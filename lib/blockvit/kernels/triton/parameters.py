@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 
@@ -45,21 +44,6 @@ def precision(dtype: torch.dtype) -> str:
     return float32_precision() if dtype == torch.float32 else "ieee"
 
 
-def key(
-    out_features: int, in_features: int, tokens: int, block_size: int, dtype: torch.dtype, nnz: int, precision: str
-) -> dict[str, Any]:
-    """What parameters depend on. Sizes are the padded ones, ``nnz`` is the number of the weight's blocks."""
-    blocks = out_features * in_features / block_size**2
-    return {
-        "block_size": block_size,
-        "dtype": "tf32" if precision == "tf32" else str(dtype).removeprefix("torch."),
-        "in_features": in_features,
-        "out_features": out_features,
-        "sparsity": round(1 - nnz / blocks, 2),
-        "tokens": tokens,
-    }
-
-
 @lru_cache(maxsize=4096)
 def linear(
     stored: int,
@@ -84,7 +68,7 @@ def linear(
         for entry in _entries(device)
         if entry["parameters"]["GROUP"] == group and tokens / NEAR <= entry["key"]["tokens"] <= tokens * NEAR
     ]
-    entry = tuning.nearest(alike, key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
+    entry = tuning.nearest(alike, tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return {name: value for name, value in entry["parameters"].items() if name != "GROUP"}
     height = group * block_size
@@ -102,13 +86,13 @@ def group(
     """
     entries = _entries(device)
     tokens = max((e["key"]["tokens"] for e in entries), default=1)
-    wanted = key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
+    wanted = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
     entry = tuning.nearest(entries, wanted)
     return None if entry is None else entry["parameters"]["GROUP"]
 
 
 def _entries(device: torch.device) -> list[tuning.Entry]:
-    return tuning.load(tuning.device_name(device)).get(LINEAR, [])
+    return tuning.entries(device, LINEAR)
 
 
 @cache
