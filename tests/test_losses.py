@@ -120,12 +120,14 @@ def test_answer():
     text = losses.answer(losses.reference(lost), lost)
     assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
     assert "3.0 where 2.3 are published (32×32, 90%)" in text
-    assert "the reference method lost 3.0 points, the best of 2 others 1.0 (method=spartan)." in text
+    assert "the reference method lost 3.0 points, the best of 2 others lost 1.0 (method=spartan)." in text
     error = 100 * ((0.87 * 0.13 + 0.86 * 0.14) / 10_000) ** 0.5
     assert text.endswith(
         "Masks left as they were drawn lost 4.0: that learning them helps is shown (one standard error of the "
         f"difference is {error:.1f} points)."
     )
+    above = losses.points_lost(table(dense(90.0), masked(87.0), masked(91.0, **better)))
+    assert "the best of 1 others gained 1.0 (method=spartan)." in losses.answer(losses.reference(above), above)
     close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
     assert "lost 3.1: that learning them helps is not shown (" in losses.answer(losses.reference(close), close)
     assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))

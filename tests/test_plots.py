@@ -353,6 +353,8 @@ def assert_nothing_is_clipped_or_covered(figure: Figure) -> None:
     renderer = figure.canvas.get_renderer()
     width, height = figure.canvas.get_width_height()
     drawn = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    drawn += [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
+    drawn += [label.get_window_extent(renderer) for label in (figure._supxlabel, figure._supylabel) if label]
     frames = [legend.get_window_extent(renderer) for legend in figure.legends]
     for box in (*drawn, *frames):
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
@@ -719,6 +721,14 @@ def test_batch_sizes_with_and_without_bounds():
         assert set(start.get_xdata()) == {16}
     plain = legend_labels(plots.batch_sizes(rows, ["torch", "gather"]))
     assert plain == ["blocks 16×16", "blocks 32×32", "blocks 64×64"]
+
+
+def test_a_long_label_beside_low_panels_is_written_in_two_lines():
+    rows = vit(sparsities=(0.9,)).query("scope=='mlp'")
+    rows["dense_compile"] = ["eager", "compile"] * (len(rows) // 2) + ["eager"] * (len(rows) % 2)
+    figure = plots.batch_sizes(rows, ["torch", "gather"])
+    assert figure.get_supylabel() == "speedup over\nthe fastest dense"
+    assert_nothing_is_clipped_or_covered(figure)
 
 
 def test_models_and_batches_are_not_mixed():

@@ -153,10 +153,15 @@ def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
         best, learnt = others.loc[others["lost"].idxmin()], base.iloc[0]
         text += (
             f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
-            f"{learnt['lost']:.1f} points, the best of {len(others)} others {best['lost']:.1f} ({best['variant']})."
+            f"{learnt['lost']:.1f} points, the best of {len(others)} others {_change(best['lost'])} "
+            f"({best['variant']})."
         )
         text += learning_text(learnt, others[others["variant"] == FROZEN])
     return text
+
+
+def _change(lost: float) -> str:
+    return f"lost {lost:.1f}" if lost >= 0 else f"gained {-lost:.1f}"
 
 
 def learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:

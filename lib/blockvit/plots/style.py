@@ -142,7 +142,7 @@ def shared_ylabel(figure: Figure, text: str) -> None:
     middle = (min(box.y0 for box in heights) + max(box.y1 for box in heights)) / 2
     if figure.get_figheight() < 3.2:  # inches, beside which a line of words would be too long
         text = text.replace(" over ", " over\n")
-    figure.supylabel(text, y=middle, fontsize="medium", ha="center")
+    figure.supylabel(text, y=middle, fontsize="medium", ma="center")
 
 
 def percent_axis(axes: Axes) -> None:
