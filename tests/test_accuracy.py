@@ -448,7 +448,7 @@ def test_the_notebook_draws_a_grid_that_was_cut_short(tmp_path):
     assert "not measured, seed 1: dense;" in text
     assert "not measured: the speed of a model whose accuracy is known" in text
     assert "CIFAR-10 (JPEG), vit_cifar, 60 epochs: dense 90.0%." in text
-    assert "3.0 where 2.3 are published" in text and "the best of 1 others 1.5 (method=spartan)" in text
+    assert "3.0 where 2.3 are published" in text and "the other lost 1.5 (method=spartan)" in text
 
 
 def test_an_empty_grid_trains_nothing(tmp_path):

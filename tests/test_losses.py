@@ -127,7 +127,7 @@ def test_answer():
         f"difference is {error:.1f} points)."
     )
     above = losses.points_lost(table(dense(90.0), masked(87.0), masked(91.0, **better)))
-    assert "the best of 1 others gained 1.0 (method=spartan)." in losses.answer(losses.reference(above), above)
+    assert "the other gained 1.0 (method=spartan)." in losses.answer(losses.reference(above), above)
     close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
     assert "lost 3.1: that learning them helps is not shown (" in losses.answer(losses.reference(close), close)
     assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))

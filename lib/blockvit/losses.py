@@ -151,9 +151,10 @@ def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
     others, base = compared[compared["variant"] != ""], reference(compared)
     if len(others) and len(base):
         best, learnt = others.loc[others["lost"].idxmin()], base.iloc[0]
+        who = "the other" if len(others) == 1 else f"the best of {len(others)} others"
         text += (
             f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
-            f"{learnt['lost']:.1f} points, the best of {len(others)} others {_change(best['lost'])} "
+            f"{learnt['lost']:.1f} points, {who} {_change(best['lost'])} "
             f"({best['variant']})."
         )
         text += learning_text(learnt, others[others["variant"] == FROZEN])
