@@ -71,7 +71,7 @@ def test_is_traced_without_a_graph_break():
 
 def test_an_exported_program_takes_any_batch():
     conv = nn.Conv2d(3, 32, 4, 4).requires_grad_(False)
-    embedding, images = PatchEmbedding.from_conv(conv, 16, backend="gather"), torch.randn(2, 3, 8, 8)
+    embedding, images = PatchEmbedding.from_conv(conv, 16, backend="dense"), torch.randn(2, 3, 8, 8)
     exported = torch.export.export(embedding, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     more = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(exported.module()(more), conv(more), rtol=1e-5, atol=1e-5)
