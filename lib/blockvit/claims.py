@@ -16,7 +16,7 @@ import pandas as pd
 
 from . import losses
 from .losses import LIMITED_LOSS, SMALL_LOSS
-from .results import FAILED, Store, break_even, most_threads, newest, published, speedups
+from .results import FAILED, SCOPE_TITLES, Store, break_even, most_threads, newest, published, speedups
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
 
@@ -366,7 +366,7 @@ def c7(e: Evidence) -> Verdict:
     for scope in sorted(top, key=lambda scope: (scope != "mlp", scope)):
         best, seed = top[scope], _where(rows, scope=scope, backend="torch")["speedup"]
         texts.append(
-            f"{_SCOPES.get(scope, scope)} at 90%: {_x(best['speedup'])} (spread {_x(best['speedup_low'])} to "
+            f"{SCOPE_TITLES.get(scope, scope)} at 90%: {_x(best['speedup'])} (spread {_x(best['speedup_low'])} to "
             f"{_x(best['speedup_high'])}) by {_variant(best)} in blocks of {best['block_size']:.0f}"
             + (f", PyTorch's BSR {_x(seed.max())}" if len(seed) else "")
         )
@@ -374,9 +374,6 @@ def c7(e: Evidence) -> Verdict:
         HOLDS if any(best["speedup_low"] > 1 for best in top.values()) else FAILS,
         f"{'; '.join(texts)}; over {_field(engines)}; this CPU stands in for a device's",
     )
-
-
-_SCOPES = {"mlp": "MLP", "all": "all linear layers"}
 
 
 def _field(engines: float) -> str:

@@ -211,10 +211,8 @@ def to_block_sparse(
     """
     check_fuse(fuse_mlp)
     modules = exposed_modules(model)
-    if dense_backend is None:
-        chosen = _chosen(model, modules, targets, skip)
-    else:
-        chosen = _chosen(model, modules, targets, skip, (*_LINEAR, nn.Conv2d))
+    types = _LINEAR if dense_backend is None else (*_LINEAR, nn.Conv2d)
+    chosen = _chosen(model, modules, targets, skip, types)
     fates = _fates(modules, chosen, check_block_size(block_size), min_sparsity)
     converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
@@ -233,8 +231,8 @@ def to_block_sparse(
         resolve(backend, weight.device, weight.dtype, block_size)
     replacements = dict.fromkeys(converts, convert)
     if dense_backend is not None:
-        kept = _chosen(model, modules, None, skip, (*_LINEAR, nn.Conv2d))
-        remaining = {n: m for n, m in modules.items() if n in kept and n not in converts}
+        not_skipped = _chosen(model, modules, None, skip, types)
+        remaining = {n: m for n, m in modules.items() if n in not_skipped and n not in converts}
         replacements |= _place_dense(remaining, modules, dense_backend)
     check_not_hooked({name: modules[name] for name in replacements})
     expose_projections(model)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .answers import AT
 from .limits import bandwidth, linear_seconds
-from .results import break_even, newest, speedups
+from .results import SCOPE_TITLES, break_even, newest, speedups
 
 CPU_BACKENDS = ("cpu", "cpu+dense")
 GPU_BACKENDS = ("triton", "triton+mlp")
@@ -99,8 +99,7 @@ def on_cpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> li
     for batch, scope, target in ((1, "mlp", 1.9), (1, "all", 3.5), (8, "mlp", 1.9), (8, "all", 5.0)):
         cell = {"batch_size": batch, "scope": scope, "block_size": 64, "sparsity": AT}
         reached = _best(_ours(whole, CPU_BACKENDS, **cell))
-        name = {"mlp": "MLP", "all": "all linear layers"}[scope]
-        goals.append(Goal(_vit_case(batch, name, 64, AT), "the fastest dense engine", target, reached))
+        goals.append(Goal(_vit_case(batch, SCOPE_TITLES[scope], 64, AT), "the fastest dense engine", target, reached))
     roof = ceiling.loc[ceiling["metric"] == "fma_throughput", "value"].dropna()
     for sparsity in (0.0, 0.5):
         rows = _cell(mlp[mlp["backend"] == "cpu"], tokens=1576, sparsity=sparsity, block_size=(16, 32, 64))
@@ -125,8 +124,7 @@ def on_gpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> li
     def end_to_end(rows: pd.DataFrame, precision: str, against: str, target: float, **cell: Any) -> None:
         key = {"batch_size": 256, "scope": "mlp", "sparsity": AT, **cell}
         ours = _ours(rows, GPU_BACKENDS, precision=precision, **key)
-        name = {"mlp": "MLP", "mlp+attention": "MLP and projections"}[key["scope"]]
-        case = f"{_vit_case(256, name, key['block_size'], key['sparsity'])}, {precision}"
+        case = f"{_vit_case(256, SCOPE_TITLES[key['scope']], key['block_size'], key['sparsity'])}, {precision}"
         goals.append(Goal(case, against, target, _best(ours)))
 
     for block, target in ((16, 1.9), (32, 2.1), (64, 2.2)):

@@ -61,6 +61,9 @@ FAILED = "failed"
 STEP_SECONDS, IMAGES_PER_SECOND = "step_seconds", "images_per_second"
 """Metrics of a training step: forward, backward and optimiser."""
 
+SCOPE_TITLES = {"mlp": "MLP", "mlp+attention": "MLP and projections", "all": "all linear layers"}
+"""How prose and figures call what of a model is sparse; others bear the name that the tables give them."""
+
 NUMBERS = [
     "threads",
     "batch_size",

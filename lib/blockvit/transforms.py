@@ -6,15 +6,6 @@ import torch
 from torch.autograd import forward_ad
 
 
-def forward_mode() -> bool:
-    """Whether a derivative is being taken in forward mode (``torch.func.jvp``, ``jacfwd``, ``hessian``).
-
-    An operator with autograd registered from Python, or without any, would answer it with zeros and without a word, so
-    a backend made of such takes ``dense_linear`` then.
-    """
-    return forward_ad._current_level >= 0
-
-
 def inside_functorch() -> bool:
     """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ...) is at work, which many an operator cannot bear.
 
@@ -24,5 +15,9 @@ def inside_functorch() -> bool:
 
 
 def needs_plain_operators() -> bool:
-    """Whether a derivative is being taken that operators registered from Python do not have."""
-    return forward_mode() or inside_functorch()
+    """Whether a derivative is being taken by ``torch.func``, or in forward mode (``jvp``, ``jacfwd``, ``hessian``).
+
+    An operator with autograd registered from Python, or without any, would answer forward mode with zeros and without a
+    word, so a backend made of such takes ``dense_linear`` then.
+    """
+    return forward_ad._current_level >= 0 or inside_functorch()

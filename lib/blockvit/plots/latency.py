@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..results import newest
-from .models import SCOPES
+from .models import scope_title
 from .rows import one_of, require
 from .style import ACCENT, ACCENT_TOO, DENSE, WIDTH, legend, panel_grid, shared_xlabel, sizes_axis
 
@@ -88,7 +88,7 @@ def threads(rows: pd.DataFrame) -> Figure:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_title(SCOPES.get(scope, f"{scope} sparse"))
+        axes.set_title(scope_title(scope))
     shared_xlabel(panels, "threads")
     panels[0].set_ylabel("milliseconds")
     figure.suptitle(_setting(rows), fontsize=9)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ..limits import amdahl
+from ..results import SCOPE_TITLES
 from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
 from .style import (
     ACCENT,
@@ -38,8 +39,11 @@ from .style import (
 AMDAHL = "Amdahl's law, one rate"
 """No limit for a kernel that does its arithmetic at a higher rate than the dense one."""
 
-SCOPES = {"mlp": "MLP sparse", "mlp+attention": "MLP and attention sparse", "all": "all linear layers sparse"}
-"""Titles of what is sparse; others bear the name that the tables give them."""
+
+def scope_title(scope: str) -> str:
+    """A panel's title for what is sparse in it."""
+    return f"{SCOPE_TITLES.get(scope, scope)} sparse"
+
 
 _MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D", "onnxruntime": "v", "openvino": "P"}
 
@@ -81,7 +85,7 @@ def model_speedup(
         reference_line(axes)
         percent_axis(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(as_times))
-        axes.set(title=SCOPES.get(scope, f"{scope} sparse"), xlabel="sparsity", ylim=(0, None))
+        axes.set(title=scope_title(scope), xlabel="sparsity", ylim=(0, None))
     panels[0].set_ylabel(f"speedup over {baseline(mine)}")
     figure.suptitle(": ".join(filter(None, (backend, _setting(mine)))), fontsize=9)
     legend(figure, f"published ({', '.join(sorted(devices))})" if devices else None)

@@ -65,7 +65,7 @@ def linear(
     """
     alike = [
         entry
-        for entry in _entries(device)
+        for entry in tuning.entries(device, LINEAR)
         if entry["parameters"]["GROUP"] == group and tokens / NEAR <= entry["key"]["tokens"] <= tokens * NEAR
     ]
     entry = tuning.nearest(alike, tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision))
@@ -84,15 +84,11 @@ def group(
 
     A weight is packed before anyone knows for how many tokens: the largest number that was tuned decides.
     """
-    entries = _entries(device)
+    entries = tuning.entries(device, LINEAR)
     tokens = max((e["key"]["tokens"] for e in entries), default=1)
     wanted = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
     entry = tuning.nearest(entries, wanted)
     return None if entry is None else entry["parameters"]["GROUP"]
-
-
-def _entries(device: torch.device) -> list[tuning.Entry]:
-    return tuning.entries(device, LINEAR)
 
 
 @cache
