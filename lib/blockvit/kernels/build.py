@@ -29,10 +29,12 @@ TIMEOUT = 300
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 """``fp-contract``: multiply-adds become FMA. No flag lets the compiler assume that there is no NaN."""
 
+_AVX2 = ("-mavx2", "-mfma", "-mprfchw")  # prefetchw, from Broadwell on; a CPU with AVX2 that lacks it skips it
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", *_AVX2)
 ISA_FLAGS = {
-    "avx512_bf16": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx512_bf16": ("-mavx512bf16", *_AVX512),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
     "baseline": (),  # what every CPU of the architecture has: SSE2, NEON
 }
 

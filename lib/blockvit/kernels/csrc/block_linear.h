@@ -70,6 +70,8 @@ using f32v = typename Vector<N>::f32;
 template <int N>
 using u32v = typename Vector<N>::u32;
 
+constexpr int64_t LINE = 64;  // bytes that the caches move together
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define BLOCKVIT_INLINE inline __attribute__((always_inline))
@@ -257,24 +259,24 @@ BLOCKVIT_INLINE void add_block(Sums<mr, NR>& sums, const bf16* x, int64_t x_stri
 }
 
 template <int NR, typename T, typename Function>
-BLOCKVIT_INLINE void apply(const Layer<T>& layer, const float* sums, int64_t output, int64_t token, int mr,
-                           const Function& function) {
+BLOCKVIT_INLINE void apply(const Layer<T>& layer, const float* sums, int64_t output, int64_t first_token,
+                           int64_t last_token, const Function& function) {
   constexpr int N = LANES<NR>;
-  T* y = layer.y + token * layer.outputs + output;
-  for (int m = 0; m < mr; ++m, y += layer.outputs, sums += NR) {
+  T* y = layer.y + first_token * layer.outputs + output;
+  for (int64_t token = first_token; token < last_token; ++token, y += layer.outputs, sums += NR) {
     BLOCKVIT_UNROLL for (int v = 0; v < NR; v += N) store<N>(y + v, function(load<N>(sums + v)));
   }
 }
 
-// y[token, panel] = activation(sums) of `mr` tokens. Never inlined: in each of the tiles its code would be longer than
-// theirs.
+// y[tokens, panel] = activation(sums). For all tokens of a unit at once, so that the processor finds vectors enough to
+// work on side by side: 3% of a layer with GELU.
 template <int NR, typename T>
-__attribute__((noinline)) void finish(const Layer<T>& layer, const float* sums, int64_t output, int64_t token, int mr) {
+void finish(const Layer<T>& layer, const float* sums, int64_t output, int64_t first_token, int64_t last_token) {
   using V = f32v<LANES<NR>>;
   if (layer.activation == GELU) {
-    apply<NR>(layer, sums, output, token, mr, [](V x) { return gelu<LANES<NR>>(x); });
+    apply<NR>(layer, sums, output, first_token, last_token, [](V x) { return gelu<LANES<NR>>(x); });
   } else {
-    apply<NR>(layer, sums, output, token, mr, [](V x) { return gelu_tanh<LANES<NR>>(x); });
+    apply<NR>(layer, sums, output, first_token, last_token, [](V x) { return gelu_tanh<LANES<NR>>(x); });
   }
 }
 
@@ -295,14 +297,21 @@ struct Tokens {
 // What a tile does: `blocks` blocks of the panel from `first_block` on, for the tokens from `token` on.
 struct Step {
   int64_t token, first_block, blocks;
-  float* totals;  // (mr, NR): sums of the parts before
+  float* totals;  // (mr, NR): sums of the parts before; and, unless they go to y at once, of this one
   bool first, last;
 };
 
 template <int mr, int NR, typename T>
 void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Tokens<T>& tokens, const Step& step) {
-  constexpr int N = LANES<NR>, V = NR / N;
+  constexpr int N = LANES<NR>, V = NR / N, IN_LINE = LINE / sizeof(T);
   Sums<mr, NR> sums{};
+  T* const y = layer.y + step.token * layer.outputs + panel.output;
+  if (step.last) {
+    // The rows of y lie far apart. Asked for now, they are there when the sums are: 1.05 to 1.2 times faster at 90%.
+    BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
+      BLOCKVIT_UNROLL for (int i = 0; i < NR; i += IN_LINE) __builtin_prefetch(y + m * layer.outputs + i, 1, 3);
+    }
+  }
   const int64_t b = layer.block_size;
   const T* weight = panel.weight + step.first_block * b * NR;
   const int32_t* col = panel.col + step.first_block;
@@ -322,7 +331,6 @@ void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Tokens<T>& tok
     }
   }
   if (step.last && layer.activation == NONE) {
-    T* y = layer.y + step.token * layer.outputs + panel.output;
     BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
       BLOCKVIT_UNROLL for (int v = 0; v < V; ++v) store<N>(y + m * layer.outputs + v * N, sums[m][v]);
     }
@@ -331,7 +339,6 @@ void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Tokens<T>& tok
   BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
     BLOCKVIT_UNROLL for (int v = 0; v < V; ++v) store<N>(step.totals + m * NR + v * N, sums[m][v]);
   }
-  if (step.last) finish<NR>(layer, step.totals, panel.output, step.token, mr);
 }
 
 // The tile functions for 1, 2, ... MR<NR> tokens.
@@ -355,18 +362,19 @@ struct Tiles {
 #define BLOCKVIT_CACHE_KIB 384
 #endif
 constexpr int64_t CACHE_BYTES = BLOCKVIT_CACHE_KIB << 10;
-constexpr int64_t LINE = 64;  // bytes
 // Tokens of a unit at most: their sums (16 outputs: 8 KiB) stay in the first-level cache beside a part of the weights.
 constexpr int64_t MAX_UNIT_TOKENS = 120;
 // Per panel and thread: what it costs beside its blocks, in steps of k.
 constexpr int64_t PANEL_OVERHEAD = 16;
-// Units of work a thread, so that none waits long for the last. More would copy the tokens more often.
-constexpr int64_t UNITS_PER_THREAD = 4;
+// Units of work a thread, so that none waits long for the last.
+constexpr int64_t UNITS_PER_THREAD = 16;
 // Multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t GRAIN = 1 << 19;
 
 // Tokens x panels, cut into units of about the same work. Block rows differ in length, so panels are cut where the
-// running sum of blocks says; a unit is a range of tokens and a range of panels.
+// running sum of blocks says; a unit is a range of tokens and a range of panels. A thread stays with a range of tokens,
+// which it copies together once, as long as there are panels left to do for it, and then helps with another: at 90%
+// sparsity and 197 tokens 1.1 to 1.3 times as fast on 4 threads as taking units in one order for all.
 template <int NR, typename T>
 class Plan {
  public:
@@ -380,30 +388,46 @@ class Plan {
     tokens_ = ceil_div(ceil_div(layer.tokens, token_cuts_), MR<NR>) * MR<NR>;
     token_cuts_ = ceil_div(layer.tokens, tokens_);
     panel_cuts_ = threads_ == 1 ? 1 : std::min(panels_, ceil_div(threads_ * UNITS_PER_THREAD, token_cuts_));
+    taken_ = std::vector<std::atomic<int64_t>>(token_cuts_);
   }
 
   int64_t threads() const { return threads_; }
-  int64_t units() const { return token_cuts_ * panel_cuts_; }
 
-  void run(int64_t unit) const {
-    const int64_t first_token = unit / panel_cuts_ * tokens_;
-    const int64_t last_token = std::min(first_token + tokens_, layer_.tokens);
-    const int64_t cut = unit % panel_cuts_, last_panel = panel_at(cut + 1);
-    const Tokens<T> tokens = gather(first_token, last_token - first_token);
-    for (int64_t index = panel_at(cut); index < last_panel; ++index) {
-      run_panel(Panel<NR, T>(layer_, index), tokens, first_token, last_token);
+  // The share of one thread; all are done when as many as there are threads, or one alone, have returned. A core may be
+  // busy with other work: units go to whoever is free.
+  void work() {
+    const int64_t start = arrived_++ * token_cuts_ / threads_;
+    for (int64_t i = 0; i < token_cuts_; ++i) {
+      const int64_t token_cut = (start + i) % token_cuts_;
+      int64_t panel_cut = taken_[token_cut]++;
+      if (panel_cut >= panel_cuts_) continue;
+      const int64_t first_token = token_cut * tokens_;
+      const int64_t last_token = std::min(first_token + tokens_, layer_.tokens);
+      // For the last panels of another thread's tokens copying would take longer than it saves.
+      const Tokens<T> tokens = 2 * panel_cut > panel_cuts_ ? in_place(first_token)
+                                                           : gather(first_token, last_token - first_token);
+      for (; panel_cut < panel_cuts_; panel_cut = taken_[token_cut]++) {
+        const int64_t last_panel = panel_at(panel_cut + 1);
+        for (int64_t index = panel_at(panel_cut); index < last_panel; ++index) {
+          run_panel(Panel<NR, T>(layer_, index), tokens, first_token, last_token);
+        }
+      }
     }
   }
 
  private:
+  Tokens<T> in_place(int64_t first_token) const {
+    return {layer_.x + first_token * layer_.x_stride, layer_.x_stride, layer_.block_size};
+  }
+
   // The unit's tokens copied together, block column by block column. In place, the rows of a tile lie a power of two
   // apart or nearly so, which lets them fall on the same few sets of the first-level cache, and the processor fetches
   // neighbours of a block that nobody reads: at 3072 inputs and 90% sparsity copying is 1.5 times faster with blocks of
   // 16, 1.15 times with 64. Not worth it for a single tile.
   Tokens<T> gather(int64_t first_token, int64_t count) const {
+    if (count <= MR<NR>) return in_place(first_token);
     const int64_t b = layer_.block_size;
     const T* from = layer_.x + first_token * layer_.x_stride;
-    if (count <= MR<NR>) return {from, layer_.x_stride, b};
     thread_local std::vector<T> buffer;
     const size_t size = size_t(count * layer_.inputs) + LINE / sizeof(T);
     if (buffer.size() < size) buffer = std::vector<T>(size);
@@ -440,6 +464,7 @@ class Plan {
         }
       }
       first_block += blocks;
+      if (last && layer_.activation != NONE) finish<NR>(layer_, totals, panel.output, first_token, last_token);
     } while (first_block < panel.blocks);
   }
 
@@ -474,20 +499,19 @@ class Plan {
 
   const Layer<T>& layer_;
   int64_t panels_, steps_, threads_, tokens_, token_cuts_, panel_cuts_;
+  std::atomic<int64_t> arrived_{0};          // threads that work
+  std::vector<std::atomic<int64_t>> taken_;  // panel cuts, for each token cut
 };
 
 // `parallel(n, body)` must call body() n times, on n threads if it can, and return when all have.
 template <int NR, typename T, typename Parallel>
 void run_panels(const Layer<T>& layer, int64_t threads, const Parallel& parallel) {
-  const Plan<NR, T> plan(layer, threads);
+  Plan<NR, T> plan(layer, threads);
   if (plan.threads() == 1) {
-    for (int64_t unit = 0; unit < plan.units(); ++unit) plan.run(unit);
-    return;
+    plan.work();
+  } else {
+    parallel(plan.threads(), [&] { plan.work(); });
   }
-  std::atomic<int64_t> next{0};  // threads take the next unit when they are free: a core may be busy with other work
-  parallel(plan.threads(), [&] {
-    for (int64_t unit = next++; unit < plan.units(); unit = next++) plan.run(unit);
-  });
 }
 
 // Whether the kernel was built for panels of `nr` outputs.
