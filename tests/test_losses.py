@@ -85,12 +85,25 @@ def test_beside_published():
     assert found == {(32, 0.8): (0.75, 0.75), (32, 0.9): (2.4, 2.3), (64, 0.9): (10.0, 18.98)}
 
 
-def test_uncertainty_is_that_of_two_shares_of_the_test_pictures():
+def test_uncertainty_is_at_least_that_of_two_shares_of_the_test_pictures():
     lost = losses.points_lost(table(dense(90.0), masked(80.0)))
     assert losses.uncertainty(lost).tolist() == pytest.approx([100 * ((0.9 * 0.1 + 0.8 * 0.2) / 10_000) ** 0.5])
     twice = losses.points_lost(table(dense(90.0), dense(90.0, seed=1), masked(80.0), masked(80.0, seed=1)))
     assert losses.uncertainty(twice).iloc[0] == pytest.approx(losses.uncertainty(lost).iloc[0] / 2**0.5)
     assert losses.uncertainty(lost.assign(dataset="mine")).isna().all()
+
+
+def test_uncertainty_grows_with_what_seeds_differ_by_pooled_over_the_cells_of_a_sparsity():
+    other = {"recipe": "cifar10 epochs=60 + method=spartan"}
+    rows = [dense(90.0), masked(80.0), masked(86.0, seed=1), masked(84.0, **other), masked(88.0, 64, 0.5)]
+    lost = losses.points_lost(table(*rows))
+    assert lost["seed_variance"].dropna().tolist() == [18.0, 18.0]  # of 80 and 86; also where there is one seed
+    reference, spartan = (lost[(lost["sparsity"] == 0.9) & (lost["variant"] == v)] for v in ("", "method=spartan"))
+    of_dense = 90 * 10 / 10_000
+    assert losses.uncertainty(reference).tolist() == pytest.approx([(18 / 2 + of_dense) ** 0.5])
+    assert losses.uncertainty(spartan).tolist() == pytest.approx([(18 + of_dense) ** 0.5])
+    points, error = losses.difference(spartan.iloc[0], reference.iloc[0])
+    assert (points, error) == (pytest.approx(1.0), pytest.approx((18 / 2 + 18) ** 0.5))
 
 
 def test_missing_cells_are_named():
@@ -120,15 +133,16 @@ def test_answer():
     text = losses.answer(losses.reference(lost), lost)
     assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
     assert "3.0 where 2.3 are published (32×32, 90%)" in text
-    assert "the reference method lost 3.0 points, the best of 2 others lost 1.0 (method=spartan)." in text
+    assert "the reference method lost 3.0 points, the best of 2 others lost 1.0 (method=spartan); one standard" in text
     error = 100 * ((0.87 * 0.13 + 0.86 * 0.14) / 10_000) ** 0.5
     assert text.endswith(
         "Masks left as they were drawn lost 4.0: that learning them helps is shown (one standard error of the "
         f"difference is {error:.1f} points)."
     )
     above = losses.points_lost(table(dense(90.0), masked(87.0), masked(91.0, **better)))
-    assert "the other gained 1.0 (method=spartan)." in losses.answer(losses.reference(above), above)
+    assert "the other gained 1.0 (method=spartan); one" in losses.answer(losses.reference(above), above)
     close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
     assert "lost 3.1: that learning them helps is not shown (" in losses.answer(losses.reference(close), close)
+    assert ", which does not tell the two apart: one standard" in losses.answer(losses.reference(close), close)
     assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))
     assert losses.answer(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")

@@ -69,15 +69,25 @@ def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
         accuracy: rows of the table of that name, of one device.
 
     Returns:
-        ``CELL``, and ``top1`` with the ``low`` and ``high`` of the seeds, their number ``seeds``, ``dense_top1``,
-        ``dense_seeds`` and ``lost``. Cells without a dense model to compare with are left out.
+        ``CELL``, and ``top1`` with the ``low`` and ``high`` of the seeds, their number ``seeds`` and ``seed_variance``
+        (of one training, in points squared, from all cells of the model with that sparsity; NaN where none has two
+        seeds), ``dense_top1``, ``dense_seeds``, ``dense_seed_variance`` and ``lost``. Cells without a dense model to
+        compare with are left out.
     """
     rows = top1(accuracy)
     is_dense = rows["backend"] == "dense"
-    dense = rows[is_dense & (rows["variant"] == "")].groupby(MODEL, as_index=False)["value"].agg(["mean", "count"])
-    sparse = rows[~is_dense].groupby(CELL, as_index=False)["value"].agg(["mean", "min", "max", "count"])
+    dense = (
+        rows[is_dense & (rows["variant"] == "")].groupby(MODEL, as_index=False)["value"].agg(["mean", "count", "var"])
+    )
+    sparse = rows[~is_dense].groupby(CELL, as_index=False)["value"].agg(["mean", "min", "max", "count", "var"])
     cells = sparse.rename(columns={"mean": "top1", "min": "low", "max": "high", "count": "seeds"})
-    cells = cells.merge(dense.rename(columns={"mean": "dense_top1", "count": "dense_seeds"}), on=MODEL)
+    squares = cells["var"] * (cells["seeds"] - 1)  # pooled, for two seeds of one cell alone tell little
+    freedom = (cells["seeds"] - 1).where(squares.notna(), 0)
+    alike = [cells[column] for column in (*MODEL, "sparsity")]
+    pooled = squares.fillna(0).groupby(alike).transform("sum") / freedom.groupby(alike).transform("sum")
+    cells = cells.drop(columns="var").assign(seed_variance=pooled)
+    names = {"mean": "dense_top1", "count": "dense_seeds", "var": "dense_seed_variance"}
+    cells = cells.merge(dense.rename(columns=names), on=MODEL)
     return cells.assign(lost=cells["dense_top1"] - cells["top1"])
 
 
@@ -97,15 +107,20 @@ def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
 
 
 def uncertainty(lost: pd.DataFrame) -> pd.Series:
-    """One standard error of ``lost`` from the number of test pictures, in points; NaN where that is not known.
+    """One standard error of ``lost``, in points; NaN where neither the test pictures nor seeds tell it.
 
-    As if the two models erred independently of one another, and each seed anew. ``lost`` is as of ``points_lost``.
+    Of each of the two accuracies, the larger of what the number of test pictures leaves open, as if the two models
+    erred independently of one another, and what the seeds differ by. ``lost`` is as of ``points_lost``.
     """
     pictures = lost["dataset"].map(TEST_PICTURES).astype(float)
-    variance = sum(
-        p * (100 - p) / n for p, n in ((lost["top1"], lost["seeds"]), (lost["dense_top1"], lost["dense_seeds"]))
-    )
-    return (variance / pictures) ** 0.5
+    variance = 0.0
+    for top1, seeds, spread in (
+        (lost["top1"], lost["seeds"], lost["seed_variance"]),
+        (lost["dense_top1"], lost["dense_seeds"], lost["dense_seed_variance"]),
+    ):
+        one = pd.concat([top1 * (100 - top1) / pictures, spread.astype(float)], axis=1)
+        variance = variance + one.max(axis=1) / seeds
+    return variance**0.5
 
 
 def missing(
@@ -155,7 +170,7 @@ def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
         text += (
             f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
             f"{learnt['lost']:.1f} points, {who} {_change(best['lost'])} "
-            f"({best['variant']})."
+            f"({best['variant']}){_apart(*difference(best, learnt))}."
         )
         text += learning_text(learnt, others[others["variant"] == FROZEN])
     return text
@@ -165,12 +180,26 @@ def _change(lost: float) -> str:
     return f"lost {lost:.1f}" if lost >= 0 else f"gained {-lost:.1f}"
 
 
+def difference(one: pd.Series, other: pd.Series) -> tuple[float, float]:
+    """How many points more ``other`` lost than ``one``, and one standard error of that; rows of ``points_lost``."""
+    beside = {"dense_top1": "top1", "dense_seeds": "seeds", "dense_seed_variance": "seed_variance"}
+    pair = one.to_frame().T.assign(**{column: other[of] for column, of in beside.items()})
+    return other["lost"] - one["lost"], uncertainty(pair.infer_objects()).iloc[0]
+
+
+def _apart(points: float, error: float) -> str:
+    """What is behind a difference in prose: its standard error, and whether it is too small to count."""
+    if error != error:
+        return ""
+    told = f"one standard error of the difference is {error:.1f} points"
+    return f"; {told}" if abs(points) > 2 * error else f", which does not tell the two apart: {told}"
+
+
 def learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
     """Whether masks that are learnt lose less than masks left as they were drawn; empty without any of these."""
     if frozen.empty:
         return ""
-    gain = frozen["lost"].iloc[0] - learnt["lost"]
-    error = uncertainty(frozen.assign(dense_top1=learnt["top1"], dense_seeds=learnt["seeds"])).iloc[0]
+    gain, error = difference(learnt, frozen.iloc[0])
     shown = "is shown" if gain > 2 * error else "is not shown"
     text = f" Masks left as they were drawn lost {frozen['lost'].iloc[0]:.1f}: that learning them helps {shown}"
     return text + (f" (one standard error of the difference is {error:.1f} points)." if error == error else ".")
