@@ -81,11 +81,11 @@ def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     )
     sparse = rows[~is_dense].groupby(CELL, as_index=False)["value"].agg(["mean", "min", "max", "count", "var"])
     cells = sparse.rename(columns={"mean": "top1", "min": "low", "max": "high", "count": "seeds"})
-    squares = cells["var"] * (cells["seeds"] - 1)  # pooled, for two seeds of one cell alone tell little
-    freedom = (cells["seeds"] - 1).where(squares.notna(), 0)
-    alike = [cells[column] for column in (*MODEL, "sparsity")]
-    pooled = squares.fillna(0).groupby(alike).transform("sum") / freedom.groupby(alike).transform("sum")
-    cells = cells.drop(columns="var").assign(seed_variance=pooled)
+    freedom = cells["seeds"] - 1
+    parts = cells.assign(squares=cells["var"] * freedom, freedom=freedom)
+    # Pooled, for two seeds of one cell alone tell little.
+    pooled = parts.groupby([*MODEL, "sparsity"])[["squares", "freedom"]].transform("sum")
+    cells = cells.drop(columns="var").assign(seed_variance=pooled["squares"] / pooled["freedom"])
     names = {"mean": "dense_top1", "count": "dense_seeds", "var": "dense_seed_variance"}
     cells = cells.merge(dense.rename(columns=names), on=MODEL)
     return cells.assign(lost=cells["dense_top1"] - cells["top1"])
@@ -112,15 +112,14 @@ def uncertainty(lost: pd.DataFrame) -> pd.Series:
     Of each of the two accuracies, the larger of what the number of test pictures leaves open, as if the two models
     erred independently of one another, and what the seeds differ by. ``lost`` is as of ``points_lost``.
     """
-    pictures = lost["dataset"].map(TEST_PICTURES).astype(float)
-    variance = 0.0
-    for top1, seeds, spread in (
-        (lost["top1"], lost["seeds"], lost["seed_variance"]),
-        (lost["dense_top1"], lost["dense_seeds"], lost["dense_seed_variance"]),
-    ):
-        one = pd.concat([top1 * (100 - top1) / pictures, spread.astype(float)], axis=1)
-        variance = variance + one.max(axis=1) / seeds
-    return variance**0.5
+    return (_variance(lost) + _variance(lost, "dense_")) ** 0.5
+
+
+def _variance(lost: pd.DataFrame, of: str = "") -> pd.Series:
+    """Of the mean accuracies ``top1`` or, ``of`` the ``"dense_"`` models, ``dense_top1``; in points squared."""
+    top1, pictures = lost[f"{of}top1"], lost["dataset"].map(TEST_PICTURES).astype(float)
+    one = pd.concat([top1 * (100 - top1) / pictures, lost[f"{of}seed_variance"]], axis=1).max(axis=1)
+    return one / lost[f"{of}seeds"]
 
 
 def missing(
@@ -182,17 +181,19 @@ def _change(lost: float) -> str:
 
 def difference(one: pd.Series, other: pd.Series) -> tuple[float, float]:
     """How many points more ``other`` lost than ``one``, and one standard error of that; rows of ``points_lost``."""
-    beside = {"dense_top1": "top1", "dense_seeds": "seeds", "dense_seed_variance": "seed_variance"}
-    pair = one.to_frame().T.assign(**{column: other[of] for column, of in beside.items()})
-    return other["lost"] - one["lost"], uncertainty(pair.infer_objects()).iloc[0]
+    variances = _variance(pd.DataFrame([one, other]).infer_objects())
+    return other["lost"] - one["lost"], variances.sum(skipna=False) ** 0.5
+
+
+def _error_text(error: float) -> str:
+    return f"one standard error of the difference is {error:.1f} points"
 
 
 def _apart(points: float, error: float) -> str:
     """What is behind a difference in prose: its standard error, and whether it is too small to count."""
     if error != error:
         return ""
-    told = f"one standard error of the difference is {error:.1f} points"
-    return f"; {told}" if abs(points) > 2 * error else f", which does not tell the two apart: {told}"
+    return ("; " if abs(points) > 2 * error else ", which does not tell the two apart: ") + _error_text(error)
 
 
 def learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
@@ -202,4 +203,4 @@ def learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
     gain, error = difference(learnt, frozen.iloc[0])
     shown = "is shown" if gain > 2 * error else "is not shown"
     text = f" Masks left as they were drawn lost {frozen['lost'].iloc[0]:.1f}: that learning them helps {shown}"
-    return text + (f" (one standard error of the difference is {error:.1f} points)." if error == error else ".")
+    return text + (f" ({_error_text(error)})." if error == error else ".")

@@ -464,8 +464,8 @@ class Plan {
         }
       }
       first_block += blocks;
-      if (last && layer_.activation != NONE) finish<NR>(layer_, totals, panel.output, first_token, last_token);
     } while (first_block < panel.blocks);
+    if (layer_.activation != NONE) finish<NR>(layer_, totals, panel.output, first_token, last_token);
   }
 
   // Asks for a tile's share of the weights that are read after this part, which follow in memory: `bytes` in all, line
