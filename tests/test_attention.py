@@ -294,7 +294,7 @@ class OwnAttention(nn.MultiheadAttention):
 def test_encoder_with_a_subclass_of_attention_does_not_bypass_the_masks(tmp_path):
     model, x = encoder().layers[0], torch.randn(2, 6, 32)
     model.self_attn = OwnAttention(32, 4, batch_first=True).eval()
-    with pytest.raises(ValueError, match=r"self_attn\.out_proj: OwnAttention reads its weight and never calls it"):
+    with pytest.raises(ValueError, match=r"self_attn\.out_proj: OwnAttention reads its weight instead of calling it"):
         blockvit.sparsify(model, 0.5, 8, targets=("linear1", "out_proj"))
     blockvit.sparsify(model, 0.5, 8, targets=("linear1", "linear2"))
     expected = model(x)

@@ -143,7 +143,10 @@ class Reader(nn.Module):
         self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        return nn.functional.linear(self.called(x), self.read.weight)
+        return self.reading(self.called(x))
+
+    def reading(self, x):  # apart from forward, whose source is looked through for such layers
+        return nn.functional.linear(x, self.read.weight)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -35,6 +35,30 @@ def test_zero_blocks_are_left_out_and_the_bias_is_shared():
     assert embedding.linear.bsr.sparsity == 0.5 and embedding.linear.bias is conv.bias
 
 
+@pytest.mark.parametrize("channels_kept", [32, 16])
+def test_its_weight_is_the_convolutions(channels_kept):
+    conv = nn.Conv2d(3, 32, 5, 5, dtype=torch.bfloat16)
+    conv.weight.data[channels_kept:] = 0
+    assert torch.equal(PatchEmbedding.from_conv(conv, 16, backend="gather").weight, conv.weight)
+
+
+class AsksForItsDtype(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, images):
+        return self.embedding(images.to(self.embedding.weight.dtype))
+
+
+def test_a_model_that_asks_for_its_dtype_is_traced_without_a_graph_break():
+    conv = nn.Conv2d(3, 32, 4, 4).requires_grad_(False)
+    model = AsksForItsDtype(PatchEmbedding.from_conv(conv, 16, backend="gather"))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), conv(images.float()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "module, is_one",
     [

@@ -993,9 +993,39 @@ V2 = {
 @pytest.mark.parametrize("targets", [("qkv", "proj"), "*", lambda name, module: True], ids=["names", "glob", "any"])
 def test_layers_whose_weights_swin_attention_reads_are_refused(version, targets):
     model = swin(**version)
-    with pytest.raises(ValueError, match=r"out with skip=.*\n  features\.1\.0\.attn\.qkv: ShiftedWindow.* never calls"):
+    with pytest.raises(ValueError, match=r"out with skip=.*\n  features\.1\.0\.attn\.qkv: ShiftedWindow.* reads its"):
         sparsify(model, 0.5, 8, targets=targets)
     assert not supermask_layers(model)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.asked, self.read, self.both = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        x = self.asked(self.called(x).to(self.asked.weight.dtype))
+        y = x @ self.read.weight.T
+        return nn.functional.linear(y, self.both.weight) if self.training else self.both(y)
+
+
+def test_layers_whose_weights_a_forward_computes_with_are_found_in_its_source():
+    model = nn.Sequential(Reader())
+    with pytest.raises(ValueError) as error:
+        sparsify(model, 0.5, 8, targets="*")
+    named = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert named == ["0.read", "0.both"] and "Reader reads its weight" in str(error.value)
+    masked = sparsify(model, 0.5, 8, targets="*", skip=("read", "both"))
+    assert list(supermask_layers(masked)) == ["0.called", "0.asked"]
+
+
+def test_a_forward_without_a_source_is_taken_to_call_its_layers():
+    written = "def forward(self, x):\n    return nn.functional.linear(x, self.layer.weight)"
+    scope = {"nn": nn}
+    exec(written, scope)
+    model = type("Written", (nn.Module,), {"forward": scope["forward"]})()
+    model.layer = nn.Linear(16, 16)
+    assert list(supermask_layers(sparsify(model, 0.5, 8, targets="layer"))) == ["layer"]
 
 
 @pytest.mark.parametrize("version", [{}, V2], ids=["v1", "v2"])
@@ -1008,7 +1038,8 @@ def test_what_swin_calls_is_masked_folded_and_converted(version):
         blockvit.to_block_sparse(model, 8, dense_backend="gather")  # leaves the attention's layers dense too
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
     fates = {fate.name: fate for fate in blockvit.layer_fates(model, 8)}
-    assert fates["features.1.0.attn.qkv"].fate == "dense" and "never calls it" in fates["features.1.0.attn.qkv"].reason
+    fate = fates["features.1.0.attn.qkv"]
+    assert fate.fate == "dense" and "reads its weight" in fate.reason
     with pytest.raises(ValueError, match=r"features\.1\.1\.attn\.proj: ShiftedWindow"):
         blockvit.to_block_sparse(model, 8, targets="features.1.1.attn.proj")
 

@@ -62,6 +62,12 @@ class PatchEmbedding(nn.Module):
         patches = images.reshape(images.shape[0], self.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         return self.linear(patches.flatten(3)).permute(0, 3, 1, 2)
 
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's ``(out, channels, patch, patch)``: a copy, for models that ask it for its dtype."""
+        # transformers' CLIP, SigLIP and DINOv2 do, in every forward pass.
+        return self.linear.bsr.to_dense().unflatten(1, (self.channels, self.patch_size, self.patch_size))
+
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return f"channels={self.channels}, patch_size={self.patch_size}"

@@ -344,8 +344,9 @@ def sparsify(
         ValueError: sparsity outside [0, 1), block size < 1, a target, skip or key of a mapping that matches nothing
             (the message lists the layers there are), a layer that already has a mask, an unknown ``method`` or
             ``scores``, or settings of scores for a method that has none. Also a layer that cannot be replaced: its
-            weight is read by a module that never calls it (torchvision's Swin attention, subclasses of
-            ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds nothing, or has hooks.
+            weight is read by the module that holds it instead of being called (torchvision's Swin attention, timm's
+            BEiT, subclasses of ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds
+            nothing, or has hooks.
             The model is then as it was.
         TypeError: a block size that is not an integer, a sparsity that is not a number.
     """

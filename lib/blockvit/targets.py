@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TypeVar
 
 from torch import nn
@@ -73,7 +77,7 @@ def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     parent_name, _, child_name = name.rpartition(".")
     parent = modules.get(parent_name)
     if parent is not layer and child_name in _children_read_by(parent):
-        return f"{type(parent).__name__} reads its weight and never calls it, so what stood there would be ignored"
+        return f"{type(parent).__name__} reads its weight instead of calling it, so what stood there would be ignored"
     if hasattr(layer, "parametrizations"):
         return (
             "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations(layer, name) for each of "
@@ -91,22 +95,30 @@ def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     return None
 
 
-_READING_FORWARDS = {
-    f"torchvision.models.{name}.forward": ("qkv", "proj")
-    for name in (
-        "swin_transformer.ShiftedWindowAttention",
-        "swin_transformer.ShiftedWindowAttentionV2",
-        "video.swin_transformer.ShiftedWindowAttention3d",
-    )
-}
+_METADATA = ("dtype", "device", "shape", "ndim", "requires_grad", "is_meta")
+"""What a module may ask of a layer's weight without computing with it."""
 
 
-def _children_read_by(module: nn.Module | None) -> tuple[str, ...]:
-    """The children of ``module`` whose weights it reads instead of calling them, as far as it is known."""
+def _children_read_by(module: nn.Module | None) -> frozenset[str]:
+    """The children of ``module`` whose weights its ``forward`` computes with, as far as its source tells."""
     if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
-        return ("out_proj",)
-    forward = getattr(type(module), "forward", None)
-    return _READING_FORWARDS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}", ())
+        return frozenset({"out_proj"})
+    if module is None or isinstance(module, nn.TransformerEncoderLayer):  # its fused path is turned off
+        return frozenset()
+    return _children_read_in(type(module).forward)
+
+
+@cache
+def _children_read_in(forward: Callable[..., object]) -> frozenset[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand: nothing is known
+        return frozenset()
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    asked = {id(node.value) for node in attributes if node.attr in _METADATA}
+    weights = [node.value for node in attributes if node.attr == "weight" and id(node) not in asked]
+    own = [node.attr for node in weights if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"]
+    return frozenset(own)
 
 
 def _remedy(layer: nn.Module, tensor: str) -> str:
