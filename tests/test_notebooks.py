@@ -143,6 +143,20 @@ GPU_FIGURES = {
 }
 
 
+def test_training_shows_masks_of_a_seed_that_it_trained(tmp_path):
+    """Of another it would train the model again, only to look at its masks."""
+    notebooks = pipeline.find_notebooks(FOLDER)
+    small = {"block_sizes": [8], "sparsities": [0.8], "seeds": [3], "recipe": {"epochs": 2}, "step_batch_sizes": [8]}
+    overrides = {**small, "step_model": "16x16", "step_block_sizes": [8], "workers": 1}
+    profile = pipeline.read_profile(FOLDER / "profiles", "laptop", notebooks)
+    ((chosen, values),) = pipeline.plan(notebooks, profile, only=["01_train"], overrides=overrides)
+    environment = {f"BLOCKVIT_{name}": str(tmp_path / name.lower()) for name in ("RESULTS", "FIGURES", "CACHE")}
+    notebook.execute(chosen, values, tmp_path / "01_train.ipynb", environment=environment)
+    assert (tmp_path / "figures" / "laptop" / "block_masks.png").is_file()
+    trained = [path.name for path in (tmp_path / "cache" / "checkpoints").rglob("*.pt")]
+    assert len(trained) == 2 and all("-seed3-" in name for name in trained)
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch):
     """On one's own model, as the README shows it: in one namespace, in order, in an empty folder."""
     snippets = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from . import losses
 from .losses import LIMITED_LOSS, SMALL_LOSS
-from .results import FAILED, SCOPE_TITLES, Store, break_even, most_threads, newest, published, speedups
+from .results import FAILED, SCOPE_TITLES, Store, break_even, most_threads, newest, published, speedups, variant
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
 
@@ -125,10 +125,6 @@ def _by_block(rows: pd.DataFrame) -> str:
     return ", ".join(f"{_x(r.speedup)} ({int(r.block_size)})" for r in rows.itertuples())
 
 
-def _variant(row: pd.Series) -> str:
-    return row.backend if row.compile == "eager" else f"{row.backend} with {row.compile}"
-
-
 def _by(rows: pd.DataFrame) -> str:
     """Who did it, while that is short: `` by gather and torch_tuned``."""
     names = sorted(rows["backend"].unique())
@@ -170,7 +166,7 @@ def c1(e: Evidence) -> Verdict:
 
     def ours(rows: pd.DataFrame) -> str:
         top = rows.loc[rows["speedup"].idxmax()]
-        return f"{_x(top['speedup'])} by {_variant(top)}"
+        return f"{_x(top['speedup'])} by {variant(top)}"
 
     like, best = large(e.linear_like), large(e.linear_best)
     fp32 = _where(like, precision="fp32")
@@ -261,7 +257,7 @@ def c4(e: Evidence) -> Verdict:
 def _best_by_block(rows: pd.DataFrame) -> str:
     """The fastest variant of each block size, named once if it is the same for all."""
     best = _best(rows, ["block_size"]).sort_values("block_size")
-    names = [_variant(row) for row in best.itertuples()]
+    names = [variant(row) for row in best.itertuples()]
     if len(set(names)) == 1:
         return f"{_by_block(best)} by {names[0]}"
     return ", ".join(
@@ -367,7 +363,7 @@ def c7(e: Evidence) -> Verdict:
         best, seed = top[scope], _where(rows, scope=scope, backend="torch")["speedup"]
         texts.append(
             f"{SCOPE_TITLES.get(scope, scope)} at 90%: {_x(best['speedup'])} (spread {_x(best['speedup_low'])} to "
-            f"{_x(best['speedup_high'])}) by {_variant(best)} in blocks of {best['block_size']:.0f}"
+            f"{_x(best['speedup_high'])}) by {variant(best)} in blocks of {best['block_size']:.0f}"
             + (f", PyTorch's BSR {_x(seed.max())}" if len(seed) else "")
         )
     return Verdict(

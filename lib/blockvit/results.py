@@ -400,6 +400,11 @@ def fullest_group(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["group"] == groups.sort_values(["size", "repeats", "date"]).index[-1]]
 
 
+def variant(row: pd.Series) -> str:
+    """What computed a row: its backend, and how it was run unless that was eagerly: ``cpu``, ``cpu with compile``."""
+    return row.backend if row.compile == "eager" else f"{row.backend} with {row.compile}"
+
+
 def most_threads(rows: pd.DataFrame) -> pd.DataFrame:
     """Of CPU rows those of the largest number of threads, which is what a device is judged by; GPU rows all."""
     return rows[rows["threads"].isna() | (rows["threads"] == rows["threads"].max())]
