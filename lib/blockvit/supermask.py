@@ -346,8 +346,7 @@ def sparsify(
             ``scores``, or settings of scores for a method that has none. Also a layer that cannot be replaced: its
             weight is read by the module that holds it instead of being called (torchvision's Swin attention, timm's
             BEiT, subclasses of ``nn.MultiheadAttention``) or computed from others (weight norm, pruning), it holds
-            nothing, or has hooks.
-            The model is then as it was.
+            nothing, or has hooks. The model is then as it was.
         TypeError: a block size that is not an integer, a sparsity that is not a number.
     """
     for value, check in ((sparsity, check_sparsity), (block_size, check_block_size)):
