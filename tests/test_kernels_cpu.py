@@ -159,6 +159,22 @@ def test_gelu_alone_is_as_exact_as_pytorchs(activation):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_of_every_bfloat16_number_errs_little_more_than_rounding_does(activation):
+    sparse = layer(torch.eye(16), 16, bias=False, activation=activation, dtype=torch.bfloat16)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    x = every[(every.abs() <= 9) & (every.abs() > 1e-30)]  # smaller ones may become zero
+    x = x[: len(x) // 16 * 16].view(-1, 16)
+    wide = x.double()  # PyTorch's own GELU loses the far side to cancellation
+    smooth = wide + 0.044715 * wide**3
+    exact = {
+        "gelu": wide / 2 * torch.erfc(-wide / 2**0.5),
+        "gelu_tanh": wide / (1 + torch.exp(-2 * (2 / torch.pi) ** 0.5 * smooth)),
+    }[activation]
+    rounding = 2**-8  # at most, relative
+    assert ((sparse(x).double() - exact).abs() <= 1.1 * rounding * exact.abs() + 1e-17).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_gelu_of_extreme_numbers(activation):
     weight = torch.zeros(16, 16)
     weight[:, 0] = 1
@@ -443,12 +459,23 @@ def test_the_environment_cannot_name_more_than_the_cpu_has(monkeypatch):
     assert build.isa.__wrapped__() == "baseline"
 
 
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("granted", [True, False])
+def test_amx_is_used_where_the_system_grants_it(monkeypatch, granted):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for feature in ("avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
+    assert build.isa.__wrapped__() == ("amx" if granted else "avx512_bf16")
+
+
 # --- sanitizers ------------------------------------------------------------------------------------------------------
 
 VARIANTS = {  # the instructions of this CPU; and the shapes of tiles that other CPUs have, with these instructions
     "native": (),
     "4 lanes": ("-DBLOCKVIT_LANES=4",),
     "16 lanes": ("-DBLOCKVIT_LANES=16", "-DBLOCKVIT_REGISTERS=32"),
+    "amx": ("-DBLOCKVIT_EMULATE_AMX",),
 }
 
 
@@ -485,7 +512,7 @@ def test_the_kernel_alone_is_clean_under_sanitizers(tmp_path, variant):
 
 @pytest.mark.slow
 @pytest.mark.without_kernel
-@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16", "amx"])
 def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
     try:
         compiler = build.find_compiler()

@@ -32,6 +32,7 @@ FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 _AVX2 = ("-mavx2", "-mfma", "-mprfchw")  # prefetchw, from Broadwell on; a CPU with AVX2 that lacks it skips it
 _AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", *_AVX2)
 ISA_FLAGS = {
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16", *_AVX512),
     "avx512_bf16": ("-mavx512bf16", *_AVX512),
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -52,6 +53,8 @@ def isa() -> str:
     """
     used = torch.backends.cpu.get_cpu_capability()
     if used == "AVX512" and torch.cpu._is_avx512_supported():
+        if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():  # Linux gives the registers to who asks
+            return "amx"
         return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
     if used in ("AVX2", "AVX512") and torch.cpu._is_avx2_supported():
         return "avx2"
