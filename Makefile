@@ -56,7 +56,7 @@ $(ENGINES): $(STAMP)
 	  echo "warning: ONNX Runtime and OpenVINO could not be installed; they will be missing in the comparison" >&2; \
 	fi
 
-reproduce: $(STAMP) $(if $(filter gpu,$(PROFILE)),$(BASELINES)) $(if $(filter laptop,$(PROFILE)),$(ENGINES))  ## run all notebooks in order; write tables, figures and a report
+reproduce: $(STAMP) $(if $(filter gpu,$(PROFILE)),$(BASELINES)) $(if $(filter laptop bf16_cpu,$(PROFILE)),$(ENGINES))  ## run all notebooks in order; write tables, figures and a report
 	@$(BIN)/python -m blockvit.pipeline --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 # Every step runs, whatever failed before it. The notebooks start from empty folders, so that they measure, but less than

@@ -1,6 +1,7 @@
 // The kernel of block_linear.h against sums in double, without PyTorch, so that sanitizers can watch it. Every buffer
 // is exactly as long as it may be read or written. Prints what failed; the exit status is the number of failures.
 #include "block_linear.h"
+#include "peak.h"
 
 #include <cmath>
 #include <cstdio>
@@ -214,7 +215,8 @@ int main() {
   constexpr long ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
   if (syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA)) return std::puts("no AMX for this process"), 1;
 #endif
-  const int failed = sizes() + layouts() + extremes() + rounding() + (multiply_add(1000) <= 0);
+  const int failed = sizes() + layouts() + extremes() + rounding() + (multiply_add(1000) <= 0) +
+                     (multiply_add_bf16(100) <= 0);
   std::printf("%d failures, %d lanes\n", failed, BLOCKVIT_LANES);
   return failed ? 1 : 0;
 }

@@ -77,6 +77,22 @@ def test_a_vit_gives_what_the_model_gives(engine, batch_size):
     assert error(call, model, torch.randn_like(x)) < 1e-4, "the example is no constant of the graph"
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 3, 8, 8)])
+def test_openvino_in_bfloat16_gives_what_the_model_gives(shape):
+    need("openvino")
+    model, x = vit().bfloat16(), torch.randn(shape).bfloat16()
+    call = engines.prepare("openvino", model, x, threads=1)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    with torch.inference_mode():
+        expected = model(x).float()
+    for _ in range(2):  # memory is shared, and lives as long as it is needed
+        result = call(x)
+        assert result.dtype == torch.bfloat16
+        assert (result.float() - expected).abs().max() < 0.03 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"prepared for .* in torch.bfloat16 on the CPU"):
+        call(x.float())
+
+
 @every_engine
 def test_a_linear_gives_what_the_layer_gives(engine, prepared):
     model, call = prepared(engine)
@@ -212,7 +228,8 @@ def test_refuses_other_devices_and_dtypes(engine):
     assert (
         engines.refusal(engine, CUDA, torch.float32) == f"{engine} is a baseline on CPUs only, and the device is cuda"
     )
-    assert engines.refusal(engine, "cpu", torch.bfloat16) == f"{engine} is measured in float32 only, not in bfloat16"
+    known = {"onnxruntime": "float32", "openvino": "float32 and bfloat16"}[engine]
+    assert engines.refusal(engine, "cpu", torch.float16) == f"{engine} is measured in {known} only, not in float16"
     with pytest.raises(RuntimeError, match=f"{engine} cannot be prepared: .* not in float64"):
         engines.prepare(engine, linear().double(), torch.randn(5, 768).double())
 

@@ -344,8 +344,9 @@ def test_a_fresh_process_runs_what_was_pickled_or_exported(tmp_path):
     assert "BackendUnavailableError: backend 'cpu' cannot run" in errors and "could not be built" in errors
 
 
-def test_peak_is_a_rate():
-    assert 1e9 < cpu.peak_flops(0.02) < 1e14
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_peak_is_a_rate(dtype):
+    assert 1e9 < cpu.peak_flops(dtype, seconds=0.02) < 1e15
 
 
 # --- the build -------------------------------------------------------------------------------------------------------

@@ -343,11 +343,11 @@ def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
 
 def test_mode_refusals_name_each_reason_once(fake_engines):
     assert mode_refusals(["compile", *ENGINES], "cpu", ["fp32"]) == []
-    (line,) = mode_refusals(["openvino", "openvino"], "cpu", ["fp32", "bf16", "fp16", "bf16"])[:1]
-    assert line == "not measured: openvino in bf16: openvino is measured in float32 only, not in bfloat16"
+    (line,) = mode_refusals(["onnxruntime", "onnxruntime"], "cpu", ["fp32", "bf16", "fp16", "bf16"])[:1]
+    assert line == "not measured: onnxruntime in bf16: onnxruntime is measured in float32 only, not in bfloat16"
     (line,) = mode_refusals(["cudagraph", "compile"], "cpu", ["fp32", "bf16"])
     assert line == "not measured: cudagraph in fp32, bf16: CUDA graphs need an NVIDIA GPU, and the device is cpu"
-    assert runnable_modes(["compile", *ENGINES], CPU, "bf16") == ["eager", "compile"]
+    assert runnable_modes(["compile", *ENGINES], CPU, "bf16") == ["eager", "compile", "openvino"]
 
 
 def test_an_engine_is_prepared_once_for_a_model_batch_size_and_number_of_threads(fake_engines):

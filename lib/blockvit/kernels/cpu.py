@@ -210,11 +210,11 @@ def beats(ours: Callable[[], Tensor], dense: Callable[[], Tensor]) -> bool:
     return median(times[0]) * MARGIN < median(times[1])
 
 
-def peak_flops(seconds: float = 2.0) -> float:
+def peak_flops(dtype: torch.dtype = torch.float32, seconds: float = 2.0) -> float:
     """Measured floating-point operations a second of multiply-adds in registers, on all of PyTorch's threads.
 
-    What no float32 kernel can exceed here: the roof of a roofline. The best of many runs in about ``seconds``: for the
-    first tenths of a second two threads may share a core, or the cores belong to others.
+    What no kernel in ``dtype`` (one of ``DTYPES``) can exceed here: the roof of a roofline. The best of many runs in
+    about ``seconds``: for the first tenths of a second two threads may share a core, or the cores belong to others.
 
     Raises:
         RuntimeError: the kernel could not be built.
@@ -224,6 +224,6 @@ def peak_flops(seconds: float = 2.0) -> float:
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        done = torch.ops.blockvit.cpu_multiply_adds(200_000)
+        done = torch.ops.blockvit.cpu_multiply_adds(200_000, dtype == torch.bfloat16)
         best = max(best, done / (time.perf_counter() - start))
     return best

@@ -44,8 +44,8 @@ class CeilingCase:
         return keys + ([self._key(device, "fma_throughput", "FLOP/s")] if self._has_fma(device) else [])
 
     def _has_fma(self, device: torch.device) -> bool:
-        """Whether our own kernel can tell what multiply-adds in registers reach: its roof, and in fp32 any kernel's."""
-        return self.precision == "fp32" and cpu.CPU.refusal(device, torch.float32, 16) is None
+        """Whether our own kernel can tell what multiply-adds in registers reach: a roof for any kernel."""
+        return self.precision in ("fp32", "bf16") and cpu.CPU.refusal(device, DTYPES[self.precision], 16) is None
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ class CeilingCase:
             timings = interleave(calls, clock=clock_for(device), effort=effort)
         work = {"matmul_throughput": 2 * size**3, "copy_bandwidth": 2 * copied}
         units = {"matmul_throughput": "FLOP/s", "copy_bandwidth": "B/s"}
-        fma = {"value": cpu.peak_flops(), "repeats": 1} if self._has_fma(device) else None
+        fma = {"value": cpu.peak_flops(dtype), "repeats": 1} if self._has_fma(device) else None
         rows = [{**self._key(device, "fma_throughput", "FLOP/s"), **fma}] if fma else []
         return rows + [
             {

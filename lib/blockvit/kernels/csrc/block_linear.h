@@ -215,23 +215,4 @@ void block_linear(const Layer<T>& layer, int64_t nr, int64_t threads, const Para
   }
 }
 
-// --- the peak --------------------------------------------------------------------------------------------------------
-
-// Multiply-adds of registers alone, `rounds` times; returns their number of floating-point operations. What one core
-// can do at most, for rooflines.
-inline double multiply_add(int64_t rounds) {
-  constexpr int N = BLOCKVIT_LANES;
-  f32v<N> sums[12];
-  f32v<N> factor = f32v<N>{} + 0.999f, term = f32v<N>{} + 0.001f;
-  BLOCKVIT_UNROLL for (int i = 0; i < 12; ++i) sums[i] = f32v<N>{} + float(i);
-  for (int64_t round = 0; round < rounds; ++round) {
-    BLOCKVIT_UNROLL for (int i = 0; i < 12; ++i) sums[i] = sums[i] * factor + term;
-  }
-  f32v<N> total{};
-  BLOCKVIT_UNROLL for (int i = 0; i < 12; ++i) total += sums[i];
-  volatile float kept = total[0];  // so that the compiler does not leave the loop out
-  (void)kept;
-  return double(rounds) * 12 * N * 2;
-}
-
 }  // namespace blockvit

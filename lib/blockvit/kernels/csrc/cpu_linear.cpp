@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "block_linear.h"
+#include "peak.h"
 
 namespace {
 
@@ -115,13 +116,14 @@ Tensor cpu_linear(const Tensor& x, const Tensor& weight, const Tensor& crow, con
 
 int64_t cpu_panel_width(int64_t block_size) { return blockvit::panel_width(block_size); }
 
-// Floating-point operations a call of blockvit::cpu_multiply_adds does, on all of PyTorch's threads.
-double cpu_multiply_adds(int64_t rounds) {
+// Floating-point operations that a call of blockvit::cpu_multiply_adds does, on all of PyTorch's threads.
+double cpu_multiply_adds(int64_t rounds, bool in_bf16) {
+  const auto of_one_core = in_bf16 ? blockvit::multiply_add_bf16 : blockvit::multiply_add;
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) blockvit::multiply_add(rounds);
+    for (int64_t i = begin; i < end; ++i) of_one_core(rounds);
   });
-  return double(rounds) * 12 * BLOCKVIT_LANES * 2 * threads;
+  return of_one_core(1) * double(rounds) * double(threads);
 }
 
 }  // namespace
@@ -131,7 +133,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blockvit, library) {
   library.def(
       "cpu_linear_no_grad(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor? bias, int activation) -> Tensor");
   library.def("cpu_panel_width(int block_size) -> int");
-  library.def("cpu_multiply_adds(int rounds) -> float");
+  library.def("cpu_multiply_adds(int rounds, bool in_bf16) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blockvit, CPU, library) {

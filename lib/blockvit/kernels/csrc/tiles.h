@@ -226,6 +226,16 @@ struct AmxTile {
     each(std::make_integer_sequence<int, count>{}, function);
   }
 
+  template <int m>
+  static BLOCKVIT_INLINE void multiply_by() {
+    each<TN>([](auto n) { amx::dot<m * TN + n, TOKENS + m, WEIGHTS + n>(); });
+  }
+
+  // Everything in registers with everything else; for the peak.
+  static BLOCKVIT_INLINE void multiply() {
+    each<TM>([](auto m) { multiply_by<m>(); });
+  }
+
   static void run(const Layer<bf16>& layer, const Panel<TN * 16, bf16>& panel, const Tokens<bf16>& tokens,
                   const Step& step) {
     constexpr int NR = TN * 16;
@@ -245,7 +255,7 @@ struct AmxTile {
         each<TN>([&](auto n) { amx::load<WEIGHTS + n>(weight + 32 * n, 4 * NR); });
         each<TM>([&](auto m) {
           amx::load<TOKENS + m>(x + 16 * m * tokens.stride, x_stride);
-          each<TN>([&](auto n) { amx::dot<m * TN + n, TOKENS + m, WEIGHTS + n>(); });
+          multiply_by<m>();
         });
       }
     }
