@@ -467,8 +467,17 @@ def test_c7_on_a_cpu(store, speedup, width, expected):
     spread = f"spread {speedup * (1 - width) / (1 + width):.2f}× to {speedup * (1 + width) / (1 - width):.2f}×"
     assert found.number == (
         f"MLP at 90%: {speedup:.2f}× ({spread}) by gather in blocks of 16, PyTorch's BSR 0.10×; over eager dense "
-        "PyTorch; this CPU stands in for a device's"
+        "PyTorch"
     )
+    assert found.others == "this CPU stands in for a device's"
+
+
+def test_c7_is_decided_in_fp32_and_tells_of_bf16(store):
+    bf16 = vit(32, 0.9, 1, gather=0.8, precision="bf16", dense={"eager": 1.0, "openvino": 0.5})
+    assert verdict("C7", store, bf16) == claims.NOT_MEASURED
+    found = verdict("C7", store, vit(16, 0.9, 1, gather=2.0))
+    assert found.verdict == HOLDS and "in blocks of 16; over eager" in found.number
+    assert re.match(r"bf16: MLP at 90%: 0\.40× .* in blocks of 32; over the fastest of 2", found.others)
 
 
 def test_c7_tells_of_each_scope_and_one_that_is_faster_is_enough(store):

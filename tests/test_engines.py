@@ -20,9 +20,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 every_engine = pytest.mark.parametrize("engine", engines.ENGINES)
 
 
-def need(engine: str) -> None:
+def need(engine: str, dtype: torch.dtype = torch.float32) -> None:
     """Skip without the engine; ``pytest.importorskip`` would import it, and with that start its telemetry."""
-    if reason := engines.refusal(engine, CPU, torch.float32):
+    if reason := engines.refusal(engine, CPU, dtype):
         pytest.skip(reason)
 
 
@@ -79,7 +79,7 @@ def test_a_vit_gives_what_the_model_gives(engine, batch_size):
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 3, 8, 8)])
 def test_openvino_in_bfloat16_gives_what_the_model_gives(shape):
-    need("openvino")
+    need("openvino", torch.bfloat16)
     model, x = vit().bfloat16(), torch.randn(shape).bfloat16()
     call = engines.prepare("openvino", model, x, threads=1)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -232,6 +232,12 @@ def test_refuses_other_devices_and_dtypes(engine):
     assert engines.refusal(engine, "cpu", torch.float16) == f"{engine} is measured in {known} only, not in float16"
     with pytest.raises(RuntimeError, match=f"{engine} cannot be prepared: .* not in float64"):
         engines.prepare(engine, linear().double(), torch.randn(5, 768).double())
+
+
+def test_refuses_to_compute_in_float32_what_is_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    reason = "this CPU has no instructions for bfloat16, so openvino would compute in float32"
+    assert engines.refusal("openvino", CPU, torch.bfloat16) == reason
 
 
 def test_says_how_to_install_what_is_missing(monkeypatch):

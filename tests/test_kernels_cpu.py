@@ -21,7 +21,7 @@ from blockvit.kernels import build, cpu, resolve
 
 CPU = torch.device("cpu")
 ACTIVATIONS = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
-BLOCK_SIZES = [8, 16, 32, 64, 128]
+BLOCK_SIZES = [8, 16, 24, 32, 48, 64, 128]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative to the largest result
 TESTS = Path(__file__).parent
 
@@ -159,7 +159,7 @@ def test_gelu_alone_is_as_exact_as_pytorchs(activation):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_gelu_of_every_bfloat16_number_errs_little_more_than_rounding_does(activation):
+def test_gelu_of_bfloat16_numbers_errs_little_more_than_rounding_does(activation):
     sparse = layer(torch.eye(16), 16, bias=False, activation=activation, dtype=torch.bfloat16)
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     x = every[(every.abs() <= 9) & (every.abs() > 1e-30)]  # smaller ones may become zero
@@ -248,9 +248,10 @@ def test_any_panel_width_gives_the_same(dtype, block_size, width):
     values, crow = matrix.values.to(dtype), matrix.crow_indices
     packed = cpu.pack(values, crow, width)
     assert torch.equal(cpu.unpack(packed, crow), values)
-    x = torch.randn(21, 256).to(dtype)
+    x = torch.randn(21, matrix.padded_shape[1]).to(dtype)
     y = torch.ops.blockvit.cpu_linear(x, packed, crow, matrix.col_indices, None, 0)
-    expected = x.double() @ BSRMatrix(crow, matrix.col_indices, values, matrix.shape).to_dense().double().t()
+    whole = BSRMatrix(crow, matrix.col_indices, values, matrix.shape).to_dense(padded=True)
+    expected = x.double() @ whole.double().t()
     assert (y.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
 
 
@@ -347,6 +348,8 @@ def test_a_fresh_process_runs_what_was_pickled_or_exported(tmp_path):
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_peak_is_a_rate(dtype):
     assert 1e9 < cpu.peak_flops(dtype, seconds=0.02) < 1e15
+    with pytest.raises(ValueError, match=r"dtype is torch.float64; the kernel multiplies in torch.float32 and"):
+        cpu.peak_flops(torch.float64)
 
 
 # --- the build -------------------------------------------------------------------------------------------------------
@@ -402,6 +405,19 @@ def test_the_compiler_may_have_arguments(tmp_path):
     environment = {"BLOCKVIT_CACHE": str(tmp_path), "CXX": f"{compiler} -pipe"}
     assert answer(run_python(TRIES, **environment))[:2] == ["cpu", "0"]
     assert list((tmp_path / "kernels").glob("*.so"))
+
+
+@pytest.mark.slow
+def test_a_compiler_too_old_for_this_cpu_compiles_for_an_older_one(tmp_path):
+    best, *others = list(build.ISA_FLAGS)[list(build.ISA_FLAGS).index(build.isa()) :]
+    if not others:
+        pytest.skip("this CPU has nothing that a compiler could lack")
+    (compiler, *_), (unknown, *_) = build.find_compiler(), build.ISA_FLAGS[best]
+    old = tmp_path / "old-c++"
+    old.write_text(f'#!/bin/sh\ncase " $* " in *" {unknown} "*) exit 1;; esac\nexec {compiler} "$@"\n')
+    old.chmod(0o755)
+    assert answer(run_python(TRIES, CXX=str(old), BLOCKVIT_CACHE=str(tmp_path)))[:3] == ["cpu", "0", best]
+    assert [p.name.split("-")[1] for p in (tmp_path / "kernels").glob("*.so")] == others[:1]
 
 
 @pytest.mark.slow
@@ -461,13 +477,23 @@ def test_the_environment_cannot_name_more_than_the_cpu_has(monkeypatch):
 
 
 @pytest.mark.without_kernel
-@pytest.mark.parametrize("granted", [True, False])
-def test_amx_is_used_where_the_system_grants_it(monkeypatch, granted):
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("nothing", "amx"),
+        ("permission", "avx512_bf16"),
+        ("amx_bf16", "avx512_bf16"),
+        ("amx_tile", "avx512_bf16"),
+        ("avx512_bf16", "avx512"),
+    ],
+)
+def test_amx_is_used_where_the_cpu_has_all_of_it_and_the_system_grants_it(monkeypatch, missing, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for feature in ("avx512", "avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
-    assert build.isa.__wrapped__() == ("amx" if granted else "avx512_bf16")
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda feature=feature: feature != missing)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": missing != "amx_bf16"}, raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: missing != "permission")
+    assert build.isa.__wrapped__() == expected
 
 
 # --- sanitizers ------------------------------------------------------------------------------------------------------
@@ -521,6 +547,10 @@ def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
         pytest.skip(str(error))
     if subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0] != "x86_64":
         pytest.skip("these instruction sets are those of x86-64")
+    (tmp_path / "empty.cpp").touch()
+    known = [*compiler, *build.ISA_FLAGS[isa], "-c", tmp_path / "empty.cpp", "-o", tmp_path / "empty.o"]
+    if subprocess.run(known, capture_output=True).returncode:
+        pytest.skip(f"{compiler[0]} is too old for {isa}")
     library = build.Library("cpu_linear.cpp", isa)
     subprocess.run(library.command(compiler, tmp_path / "library.so"), check=True)
 

@@ -341,7 +341,8 @@ def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
     assert mode_refusals(case.dense_modes, "cpu", ["fp32"]) == ["not measured: onnxruntime in fp32: gone"]
 
 
-def test_mode_refusals_name_each_reason_once(fake_engines):
+def test_mode_refusals_name_each_reason_once(fake_engines, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert mode_refusals(["compile", *ENGINES], "cpu", ["fp32"]) == []
     (line,) = mode_refusals(["onnxruntime", "onnxruntime"], "cpu", ["fp32", "bf16", "fp16", "bf16"])[:1]
     assert line == "not measured: onnxruntime in bf16: onnxruntime is measured in float32 only, not in bfloat16"

@@ -352,24 +352,39 @@ def c7(e: Evidence) -> Verdict:
     The post measured nothing here that could be repeated like for like: any backend that is faster decides. A CPU
     stands in for a device's, whichever it is.
     """
-    rows = _where(e.vit_best, model="vit_b_16", precision="fp32", batch_size=1, sparsity=0.9)
-    if e.is_gpu or rows.empty:
+    rows = _where(e.vit_best, model="vit_b_16", batch_size=1, sparsity=0.9)
+    fp32 = _strongest_field(_where(rows, precision="fp32"))
+    if e.is_gpu or fp32.empty:
         return NOT_MEASURED
-    engines = rows["dense_variants"].max()
-    rows = rows[rows["dense_variants"] == engines]  # over the strongest field of dense engines
-    top = {scope: cell.loc[cell["speedup"].idxmax()] for scope, cell in rows.groupby("scope")}
-    texts = []
-    for scope in sorted(top, key=lambda scope: (scope != "mlp", scope)):
-        best, seed = top[scope], _where(rows, scope=scope, backend="torch")["speedup"]
-        texts.append(
-            f"{SCOPE_TITLES.get(scope, scope)} at 90%: {_x(best['speedup'])} (spread {_x(best['speedup_low'])} to "
-            f"{_x(best['speedup_high'])}) by {variant(best)} in blocks of {best['block_size']:.0f}"
-            + (f", PyTorch's BSR {_x(seed.max())}" if len(seed) else "")
-        )
+    others = {precision: _strongest_field(_where(rows, precision=precision)) for precision in OTHERS}
+    told = [f"{precision}: {_one_image(cell)}" for precision, cell in others.items() if len(cell)]
     return Verdict(
-        HOLDS if any(best["speedup_low"] > 1 for best in top.values()) else FAILS,
-        f"{'; '.join(texts)}; over {_field(engines)}; this CPU stands in for a device's",
+        HOLDS if any(best["speedup_low"] > 1 for best in _top_by_scope(fp32)) else FAILS,
+        _one_image(fp32),
+        others="; ".join([*told, "this CPU stands in for a device's"]),
     )
+
+
+def _strongest_field(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those that were timed beside the most dense engines."""
+    return rows[rows["dense_variants"] == rows["dense_variants"].max()]
+
+
+def _top_by_scope(rows: pd.DataFrame) -> list[pd.Series]:
+    top = {scope: cell.loc[cell["speedup"].idxmax()] for scope, cell in rows.groupby("scope")}
+    return [top[scope] for scope in sorted(top, key=lambda scope: (scope != "mlp", scope))]
+
+
+def _one_image(rows: pd.DataFrame) -> str:
+    texts = []
+    for best in _top_by_scope(rows):
+        seed = _where(rows, scope=best["scope"], backend="torch")["speedup"]
+        texts.append(
+            f"{SCOPE_TITLES.get(best['scope'], best['scope'])} at 90%: {_x(best['speedup'])} (spread "
+            f"{_x(best['speedup_low'])} to {_x(best['speedup_high'])}) by {variant(best)} in blocks of "
+            f"{best['block_size']:.0f}" + (f", PyTorch's BSR {_x(seed.max())}" if len(seed) else "")
+        )
+    return f"{'; '.join(texts)}; over {_field(rows['dense_variants'].max())}"
 
 
 def _field(engines: float) -> str:

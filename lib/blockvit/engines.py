@@ -48,6 +48,8 @@ def refusal(engine: str, device: torch.device | str, dtype: torch.dtype) -> str 
     if dtype not in DTYPES[engine]:
         known = " and ".join(_name(one) for one in DTYPES[engine])
         return f"{engine} is measured in {known} only, not in {_name(dtype)}"
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        return f"this CPU has no instructions for bfloat16, so {engine} would compute in float32"
     missing = [name for name in _NEEDS[engine] if importlib.util.find_spec(name) is None]
     if missing:
         what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
@@ -134,12 +136,13 @@ class OpenVino:
 
     def __init__(self, exported: ExportedProgram, example: Tensor, threads: int) -> None:
         self._openvino = _import_openvino()
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[example.dtype]
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": threads,
             # Without it, it computes in bfloat16 on CPUs that have it, which is another precision class.
-            "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[example.dtype],
+            "INFERENCE_PRECISION_HINT": precision,
         }
         # Without `input` the shape is dynamic, whatever was exported.
         converted = self._openvino.convert_model(exported, input=list(example.shape))
@@ -152,6 +155,9 @@ class OpenVino:
                 f"OpenVINO computes with {used} threads, expected {threads}: it takes one for each physical core that "
                 f"this process may use; call torch.set_num_threads({used}) before"
             )
+        hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if hint != precision:  # else it would compete in another precision class, without a word
+            raise RuntimeError(f"OpenVINO computes in {hint}, expected {precision}: it does not take this CPU for able")
         self._example, self._request = _Example.of(example), self.compiled.create_infer_request()
         self._output_shape = tuple(self.compiled.output(0).shape)
 

@@ -31,7 +31,7 @@ FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 
 _AVX2 = ("-mavx2", "-mfma", "-mprfchw")  # prefetchw, from Broadwell on; a CPU with AVX2 that lacks it skips it
 _AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", *_AVX2)
-ISA_FLAGS = {
+ISA_FLAGS = {  # the best first, each with all that stands below it
     "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16", *_AVX512),
     "avx512_bf16": ("-mavx512bf16", *_AVX512),
     "avx512": _AVX512,
@@ -46,19 +46,25 @@ class BuildError(RuntimeError):
 
 @cache
 def isa() -> str:
-    """The best instruction set of ``ISA_FLAGS`` that this CPU has and PyTorch uses.
+    """The best instruction set of ``ISA_FLAGS`` that this CPU has and PyTorch uses; those below it run as well.
 
     PyTorch's choice is followed so that ``ATEN_CPU_CAPABILITY`` (``default``, ``avx2``) lowers both; it is checked
     against the CPU because that variable may also name more than the CPU has.
     """
     used = torch.backends.cpu.get_cpu_capability()
     if used == "AVX512" and torch.cpu._is_avx512_supported():
-        if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():  # Linux gives the registers to who asks
-            return "amx"
-        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+        if not torch.cpu._is_avx512_bf16_supported():
+            return "avx512"
+        return "amx" if _has_amx() else "avx512_bf16"
     if used in ("AVX2", "AVX512") and torch.cpu._is_avx2_supported():
         return "avx2"
     return "baseline"
+
+
+def _has_amx() -> bool:
+    """Whether the CPU multiplies bfloat16 on AMX, and the system lets it: Linux grants the registers to who asks."""
+    told = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch tells of the registers alone
+    return torch.cpu._is_amx_tile_supported() and told.get("amx_bf16", True) and torch.cpu._init_amx()
 
 
 def cache_folder() -> Path:
@@ -93,6 +99,22 @@ class Library:
             *(*compiler, *FLAGS, *ISA_FLAGS[self.isa], "-shared", "-fPIC", f"-I{root / 'include'}"),
             *(str(SOURCES / self.source), "-o", str(output), f"-L{root / 'lib'}", "-ltorch_cpu", *undefined),
         ]
+
+
+def build_for_this_cpu(source: str) -> Path:
+    """``source`` compiled for ``isa()`` or, where the compiler is too old for that, for the next one below it.
+
+    Raises:
+        BuildError: it could be compiled for none; with what was said of the best.
+    """
+    first = None
+    names = list(ISA_FLAGS)
+    for name in names[names.index(isa()) :]:
+        try:
+            return build(Library(source, name))
+        except BuildError as error:
+            first = first or error
+    raise first
 
 
 def build(library: Library) -> Path:

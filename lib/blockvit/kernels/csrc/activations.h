@@ -51,9 +51,9 @@ BLOCKVIT_INLINE f32v<N> gelu(f32v<N> x) {
   return (zero > x ? zero : x) - a * bell * (above / below);  // NaN stays NaN
 }
 
-// The same for a result in bfloat16, Phi(-a) as 2 to the power of a polynomial: relative error below 5e-4 from -9 on, a
-// quarter of what rounding makes, and nothing (2^-60) beyond. fc1 takes 0.8 times as long with it at 90% sparsity. What
-// float32 would need, ten terms and six, is no faster than the quotient.
+// The same for a result in bfloat16, Phi(-a) as 2 to the power of a polynomial: relative error below 5e-4 from -9 on, at
+// most a quarter of what rounding makes, and nothing (2^-60) beyond. fc1 takes 0.8 times as long with it at 90% sparsity.
+// What float32 would need, ten terms and six, is no faster than the quotient.
 template <int N>
 BLOCKVIT_INLINE f32v<N> gelu_bf16(f32v<N> x) {
   const f32v<N> zero{}, a = size_up_to<N>(x, 9.0f);

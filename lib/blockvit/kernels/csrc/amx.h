@@ -1,11 +1,14 @@
 // The tile registers of AMX: eight, of up to 16 rows x 64 bytes, and the product of two of them in bfloat16.
 //
 // Written as assembly because compilers' intrinsics take the register as a literal, where a template has a parameter,
-// and GCC's do not say that they read memory. With BLOCKVIT_EMULATE_AMX, as without AMX, the registers are ordinary
-// memory: the same kernel on any CPU, and its accesses where sanitizers see them.
+// and GCC's do not say that they read memory. All of it is volatile, which keeps it in order; only what touches memory
+// says so; and compilers keep nothing of their own in these registers. With BLOCKVIT_EMULATE_AMX they are ordinary memory,
+// so that the same kernel runs on any CPU and sanitizers see what it reads and writes. Where there is neither, nothing
+// here is called.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace blockvit::amx {
@@ -16,7 +19,7 @@ constexpr bool PRESENT = true;
 constexpr bool PRESENT = false;
 #endif
 
-constexpr int ROWS = 16, ROW_BYTES = 64, REGISTERS = 8;
+constexpr int ROWS = 16, ROW_BYTES = 64, TILES = 8;
 
 // As LDTILECFG reads it.
 struct alignas(64) Configuration {
@@ -29,9 +32,18 @@ static_assert(sizeof(Configuration) == 64);
 #if defined(BLOCKVIT_EMULATE_AMX) || !defined(__AMX_BF16__)
 
 inline thread_local Configuration configuration;
-inline thread_local uint8_t registers[REGISTERS][ROWS][ROW_BYTES];
+inline thread_local uint8_t registers[TILES][ROWS][ROW_BYTES];
+
+// What a processor answers by a fault.
+inline void require(bool met) {
+  if (!met) std::abort();
+}
 
 inline void configure(const Configuration& wanted) {
+  for (int i = 0; i < 16; ++i) {
+    require(wanted.rows[i] <= ROWS && wanted.row_bytes[i] <= ROW_BYTES && wanted.row_bytes[i] % 4 == 0);
+    require((wanted.rows[i] == 0) == (wanted.row_bytes[i] == 0) && (i < TILES || wanted.rows[i] == 0));
+  }
   configuration = wanted;
   std::memset(registers, 0, sizeof registers);
 }
@@ -39,6 +51,7 @@ inline void release() { configuration = {}; }
 
 template <int tile>
 void zero() {
+  require(configuration.rows[tile] > 0);
   std::memset(registers[tile], 0, sizeof registers[tile]);
 }
 
@@ -52,6 +65,7 @@ void load(const void* from, int64_t stride) {
 
 template <int tile>
 void store(void* to, int64_t stride) {
+  require(configuration.rows[tile] > 0);
   for (int row = 0; row < configuration.rows[tile]; ++row) {
     std::memcpy(static_cast<uint8_t*>(to) + row * stride, registers[tile][row], configuration.row_bytes[tile]);
   }
@@ -67,6 +81,9 @@ inline float half(uint32_t pair, bool upper) {
 
 template <int sums, int left, int right>
 void dot() {
+  require(configuration.rows[sums] > 0 && configuration.rows[left] == configuration.rows[sums]);
+  require(configuration.rows[right] == configuration.row_bytes[left] / 4);
+  require(configuration.row_bytes[right] == configuration.row_bytes[sums]);
   for (int row = 0; row < configuration.rows[sums]; ++row) {
     for (int column = 0; column < configuration.row_bytes[sums] / 4; ++column) {
       float sum;

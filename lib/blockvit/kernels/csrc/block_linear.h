@@ -15,15 +15,19 @@ namespace blockvit {
 
 // x of the tokens that are worked on at once is to stay in a core's second-level cache beside the weights that stream
 // by. 192 to 384 KiB are alike at 768 inputs; at 3072 a larger tile means that the weights stream by less often (up to
-// 1.1 times faster).
+// 1.1 times faster). CPUs with AMX have 2 MiB at least.
 #ifndef BLOCKVIT_CACHE_KIB
 #define BLOCKVIT_CACHE_KIB 384
 #endif
-constexpr int64_t CACHE_BYTES = BLOCKVIT_CACHE_KIB << 10;
+template <int NR, typename T>
+constexpr int64_t CACHE_BYTES = int64_t(ON_AMX<NR, T> ? 1024 : BLOCKVIT_CACHE_KIB) << 10;
 // Tokens of a unit at most: their sums (16 outputs: 8 KiB) stay in the first-level cache beside a part of the weights.
-constexpr int64_t MAX_UNIT_TOKENS = 120;
-// Half of the second-level cache that CPUs with AMX have at least.
-constexpr int64_t AMX_WEIGHT_BYTES = 1 << 20;
+// AMX waits for the weights of dense layers, so that they stream by seldom counts more (28 KiB of 48: 1.1 to 1.3 times
+// as fast as 12).
+template <int NR, typename T>
+constexpr int64_t MAX_UNIT_TOKENS = ON_AMX<NR, T> ? 224 : 120;
+// Weights that stay in the second-level cache of a CPU with AMX, whichever tokens pass by.
+constexpr int64_t AMX_WEIGHT_BYTES = 5 << 18;
 // Per panel and thread: what it costs beside its blocks, in steps of k.
 constexpr int64_t PANEL_OVERHEAD = 16;
 // Units of work a thread, so that none waits long for the last. AMX is done with one so soon that beginning it counts: 4
@@ -80,21 +84,24 @@ class Plan {
   // Tokens of a unit at most.
   int64_t most_tokens() const {
     if constexpr (ON_AMX<NR, T>) {
-      // One tile: on 4 threads and 197 tokens 1.2 to 1.5 times as fast as 96 tokens, which have to be shared out in three
-      // parts. But all weights pass by for each unit, so large ones must not come from behind the second-level cache.
+      // One tile: on 4 threads and 197 tokens 1.2 to 1.5 times as fast as 96 tokens, which have to be shared out in
+      // three parts. But all weights pass by for each unit, so large ones must not come from behind the second-level
+      // cache; with panels of 16, of which a register has half the work, that costs less than it saves.
       const int64_t stored = layer_.crow[layer_.outputs / layer_.block_size];
       const int64_t weight_bytes = stored * layer_.block_size * layer_.block_size * int64_t(sizeof(T));
       if (NR == 16 || weight_bytes <= AMX_WEIGHT_BYTES) return MR<NR, T>;
     }
-    const int64_t fit = std::max<int64_t>(CACHE_BYTES / (layer_.inputs * int64_t(sizeof(T))), MR<NR, T>);
-    return std::min(fit, MAX_UNIT_TOKENS / MR<NR, T> * MR<NR, T>);
+    const int64_t token_bytes = std::max<int64_t>(layer_.inputs, 1) * int64_t(sizeof(T));
+    const int64_t fit = std::max<int64_t>(CACHE_BYTES<NR, T> / token_bytes, MR<NR, T>);
+    return std::min(fit, MAX_UNIT_TOKENS<NR, T> / MR<NR, T> * MR<NR, T>);
   }
 
   // Whether the tokens of a unit are copied together. Not for a single tile, nor for the last panels of another thread's
-  // tokens, for which it would take longer than it saves. Registers of AMX fetch whole lines of memory, so there it pays
-  // with blocks of 16 alone (1.1 to 1.3 times as fast; 0.7 to 1 times with larger ones); but they always fetch 16 tokens.
+  // tokens, for which it would take longer than it saves. A register of AMX fetches a line of memory for each token,
+  // whole but for blocks of 16: with those copying is 1.1 to 1.3 times as fast also for a single tile, with larger ones
+  // 0.7 to 1 times. But it fetches 16 tokens, and behind the last there may be nothing.
   bool copies(int64_t count, int64_t panel_cut) const {
-    if constexpr (ON_AMX<NR, T>) return NR == 16 || count % Tiles<NR, T>::HEIGHT;
+    if constexpr (ON_AMX<NR, T>) return amx_steps(layer_.block_size) == 16 || count % Tiles<NR, T>::HEIGHT;
     return count > MR<NR, T> && 2 * panel_cut <= panel_cuts_;
   }
 
@@ -124,7 +131,7 @@ class Plan {
   }
 
   void run_panel(const Panel<NR, T>& panel, const Tokens<T>& tokens, int64_t first_token, int64_t last_token) const {
-    alignas(64) float totals[MAX_UNIT_TOKENS * NR];
+    alignas(64) float totals[MAX_UNIT_TOKENS<NR, T> * NR];
     const int64_t b = layer_.block_size, part = ceil_div(PART<NR, T>, b);
     int64_t first_block = 0;
     do {

@@ -26,8 +26,18 @@ inline double multiply_add(int64_t rounds) {
 // Likewise of bfloat16 numbers, summed in float32, with the instructions that the tiles use for them.
 inline double multiply_add_bf16(int64_t rounds) {
   if constexpr (ON_AMX<32, bf16>) {
-    const TileRegisters<32, bf16> registers(32);
-    for (int64_t round = 0; round < rounds; ++round) AmxTile<2, 2>::multiply();
+    using Registers = AmxRegisters<2>;
+    const TileRegisters<32, bf16> configured(32);
+    alignas(64) bf16 numbers[16 * 32];  // on zeros processors are faster, as fewer bits flip
+    for (int i = 0; i < 16 * 32; ++i) numbers[i].bits = uint16_t(0x3a00 + 37 * i % 256);
+    amx::load<Registers::WEIGHTS>(numbers, 64);
+    amx::load<Registers::WEIGHTS + 1>(numbers, 64);
+    amx::load<Registers::TOKENS>(numbers, 64);
+    amx::load<Registers::TOKENS + 1>(numbers, 64);
+    for (int64_t round = 0; round < rounds; ++round) {
+      AmxTile<2, 2>::multiply_by<0>();
+      AmxTile<2, 2>::multiply_by<1>();
+    }
     return double(rounds) * 4 * 16 * 16 * 32 * 2;
   }
 #if BLOCKVIT_AVX512_BF16

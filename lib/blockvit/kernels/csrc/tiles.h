@@ -1,6 +1,6 @@
-// The arithmetic: tiles of a few tokens x NR outputs that stay in registers over all blocks of a block row. Each step in
-// k loads NR weights and broadcasts one number of each token, or AMX multiplies whole registers; y is written once,
-// activation included.
+// The arithmetic: tiles of a few tokens x NR outputs that stay in registers while the blocks of a block row, or of a
+// part of it, pass by. Each step in k loads NR weights and broadcasts one number of each token; or AMX multiplies whole
+// registers.
 #pragma once
 
 #include <algorithm>
@@ -136,8 +136,8 @@ BLOCKVIT_INLINE void add_block(Sums<mr, NR>& sums, const bf16* x, int64_t x_stri
 // sparse. Largest error, as a multiple of its own, over shapes and sparsities of ViT-B/16: 2.9 with parts of 256, 2.1
 // with 128 (with blocks of 32 and less; 1.3 above), 1.7 with 64, which is 3% slower.
 //
-// On AMX a part costs more, as its sums go to memory and back: 256 is 1.02 times as fast as 96 and, with dense rows, 1.2
-// times as fast as 512.
+// On AMX a sum goes on from part to part, and the reason is the first one alone: parts of 256 are with dense rows 1.2
+// times as fast as of 512 and 1.02 times as of 96.
 template <int NR, typename T>
 constexpr int64_t PART = ON_AMX<NR, T> ? 256 : 96;
 
@@ -151,7 +151,7 @@ struct Tokens {
 // What a tile does: `blocks` blocks of the panel from `first_block` on, for the tokens from `token` on.
 struct Step {
   int64_t token, first_block, blocks;
-  float* totals;  // (mr, NR): sums of the parts before; and, unless they go to y at once, of this one
+  float* totals;  // (mr, NR): sums of the parts before; and, unless they go to y at once, of this one. AMX writes 16 rows
   bool first, last;
 };
 
@@ -197,25 +197,31 @@ void tile(const Layer<T>& layer, const Panel<NR, T>& panel, const Tokens<T>& tok
 
 // --- one tile on AMX -------------------------------------------------------------------------------------------------
 
-// Steps in k that a register holds: 32, or half of that where the block has no more.
+// Steps in k that a register holds: 32, or 16 where the block size is no multiple of that.
 constexpr int64_t amx_steps(int64_t block_size) { return block_size % 32 ? 16 : 32; }
 
-// A tile of TM x TN registers of sums; behind them TN registers hold weights and TM tokens. Rows of weights are pairs of
-// steps in k, which is how they lie in memory.
-template <int TM, int TN>
-struct AmxTile {
-  static constexpr int MOST = MR<16 * TN, bf16> / 16, WEIGHTS = MOST * TN, TOKENS = WEIGHTS + TN;
-  static_assert(TOKENS + MOST <= amx::REGISTERS);
+// What the registers hold for tiles TN registers wide: sums of tokens x outputs, weights, tokens. Rows of weights are
+// pairs of steps in k, which is how they lie in memory.
+template <int TN>
+struct AmxRegisters {
+  static constexpr int MOST = MR<16 * TN, bf16> / 16, WEIGHTS = MOST * TN, TOKENS = WEIGHTS + TN, COUNT = TOKENS + MOST;
+  static_assert(COUNT <= amx::TILES);
 
   static amx::Configuration configuration(int64_t block_size) {
     amx::Configuration wanted;
-    for (int i = 0; i < TOKENS + MOST; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
       const bool is_weight = WEIGHTS <= i && i < TOKENS;
       wanted.rows[i] = is_weight ? uint8_t(amx_steps(block_size) / 2) : amx::ROWS;
       wanted.row_bytes[i] = i < TOKENS ? amx::ROW_BYTES : uint16_t(2 * amx_steps(block_size));
     }
     return wanted;
   }
+};
+
+// A tile of TM x TN registers of sums.
+template <int TM, int TN>
+struct AmxTile {
+  static constexpr int WEIGHTS = AmxRegisters<TN>::WEIGHTS, TOKENS = AmxRegisters<TN>::TOKENS;
 
   template <int... i, typename Function>
   static BLOCKVIT_INLINE void each(std::integer_sequence<int, i...>, const Function& function) {
@@ -229,11 +235,6 @@ struct AmxTile {
   template <int m>
   static BLOCKVIT_INLINE void multiply_by() {
     each<TN>([](auto n) { amx::dot<m * TN + n, TOKENS + m, WEIGHTS + n>(); });
-  }
-
-  // Everything in registers with everything else; for the peak.
-  static BLOCKVIT_INLINE void multiply() {
-    each<TM>([](auto m) { multiply_by<m>(); });
   }
 
   static void run(const Layer<bf16>& layer, const Panel<TN * 16, bf16>& panel, const Tokens<bf16>& tokens,
@@ -306,7 +307,7 @@ void finish(const Layer<T>& layer, const float* sums, int64_t output, int64_t fi
 template <int NR, typename T>
 struct TileRegisters {
   explicit TileRegisters([[maybe_unused]] int64_t block_size) {
-    if constexpr (ON_AMX<NR, T>) amx::configure(AmxTile<1, NR / 16>::configuration(block_size));
+    if constexpr (ON_AMX<NR, T>) amx::configure(AmxRegisters<NR / 16>::configuration(block_size));
   }
   ~TileRegisters() {
     if constexpr (ON_AMX<NR, T>) amx::release();
