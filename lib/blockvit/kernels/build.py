@@ -63,8 +63,8 @@ def isa() -> str:
 
 def _has_amx() -> bool:
     """Whether the CPU multiplies bfloat16 on AMX, and the system lets it: Linux grants the registers to who asks."""
-    told = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch tells of the registers alone
-    return torch.cpu._is_amx_tile_supported() and told.get("amx_bf16", True) and torch.cpu._init_amx()
+    has = torch.cpu.get_capabilities()
+    return all(has.get(feature, False) for feature in ("amx_tile", "amx_bf16")) and torch.cpu._init_amx()
 
 
 def cache_folder() -> Path:
