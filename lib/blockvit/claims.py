@@ -371,11 +371,13 @@ def _strongest_field(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _top_by_scope(rows: pd.DataFrame) -> list[pd.Series]:
+    """The fastest variant of each scope, the MLP's first."""
     top = {scope: cell.loc[cell["speedup"].idxmax()] for scope, cell in rows.groupby("scope")}
     return [top[scope] for scope in sorted(top, key=lambda scope: (scope != "mlp", scope))]
 
 
 def _one_image(rows: pd.DataFrame) -> str:
+    """What each scope reaches at batch size 1, and what PyTorch's kernels, the post's seed, do there."""
     texts = []
     for best in _top_by_scope(rows):
         seed = _where(rows, scope=best["scope"], backend="torch")["speedup"]

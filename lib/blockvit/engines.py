@@ -157,7 +157,7 @@ class OpenVino:
             )
         hint = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if hint != precision:  # else it would compete in another precision class, without a word
-            raise RuntimeError(f"OpenVINO computes in {hint}, expected {precision}: it does not take this CPU for able")
+            raise RuntimeError(f"OpenVINO computes in {hint}, expected {precision}, which it cannot on this CPU")
         self._example, self._request = _Example.of(example), self.compiled.create_infer_request()
         self._output_shape = tuple(self.compiled.output(0).shape)
 
