@@ -1019,6 +1019,38 @@ def test_layers_whose_weights_a_forward_computes_with_are_found_in_its_source():
     assert list(supermask_layers(masked)) == ["0.called", "0.asked"]
 
 
+class DeepReader(nn.Module):
+    """Computes with weights in a method, in a property, and with that of a child's child."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential()
+        self.mlp.first, self.mlp.second = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.method, self.asset, self.never = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.step(self.mlp.second(x @ self.mlp.first.weight)) @ self.matrix
+
+    def step(self, x):
+        return self.step(x) if x is None else x @ self.method.weight
+
+    @property
+    def matrix(self):
+        return self.asset.weight * 2
+
+    def unused(self):
+        return self.never.weight
+
+
+def test_readers_are_found_through_methods_and_properties_and_from_further_up():
+    model = nn.Sequential(DeepReader())
+    assert model(torch.randn(2, 16)).shape == (2, 16)
+    with pytest.raises(ValueError, match="DeepReader reads its weight") as error:
+        sparsify(model, 0.5, 8, targets="*")
+    named = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert named == ["0.mlp.first", "0.method", "0.asset"]
+
+
 def test_a_forward_without_a_source_is_taken_to_call_its_layers():
     written = "def forward(self, x):\n    return nn.functional.linear(x, self.layer.weight)"
     scope = {"nn": nn}

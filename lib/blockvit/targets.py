@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,10 +75,8 @@ def obstacles(modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ..
 
 
 def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    parent_name, _, child_name = name.rpartition(".")
-    parent = modules.get(parent_name)
-    if parent is not layer and child_name in _children_read_by(parent):
-        return f"{type(parent).__name__} reads its weight instead of calling it, so what stood there would be ignored"
+    if reader := _reader(name, layer, modules):
+        return f"{type(reader).__name__} reads its weight instead of calling it, so what stood there would be ignored"
     if hasattr(layer, "parametrizations"):
         return (
             "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations(layer, name) for each of "
@@ -99,26 +98,48 @@ _METADATA = ("dtype", "device", "shape", "ndim", "requires_grad", "is_meta")
 """What a module may ask of a layer's weight without computing with it."""
 
 
-def _children_read_by(module: nn.Module | None) -> frozenset[str]:
-    """The children of ``module`` whose weights its ``forward`` computes with, as far as its source tells."""
+def _reader(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The module above ``layer`` whose ``forward`` computes with its weight, as far as the source tells."""
+    parts = name.split(".")
+    for depth in reversed(range(len(parts))):
+        holder = modules.get(".".join(parts[:depth]))
+        if holder is not layer and ".".join(parts[depth:]) in _layers_read_by(holder):
+            return holder
+    return None
+
+
+def _layers_read_by(module: nn.Module | None) -> frozenset[str]:
     if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
         return frozenset({"out_proj"})
     if module is None or isinstance(module, nn.TransformerEncoderLayer):  # its fused path is turned off
         return frozenset()
-    return _children_read_in(type(module).forward)
+    return _layers_read_in(type(module))
 
 
 @cache
-def _children_read_in(forward: Callable[..., object]) -> frozenset[str]:
+def _layers_read_in(kind: type[nn.Module]) -> frozenset[str]:
+    """Names, below a module of ``kind``, of what its ``forward`` and the methods that this calls read a weight of."""
+    read, known, ahead = set(), set(), ["forward"]
+    while ahead:
+        known.add(method := ahead.pop())
+        attributes = [node for node in ast.walk(_source_of(kind, method)) if isinstance(node, ast.Attribute)]
+        asked = {id(node.value) for node in attributes if node.attr in _METADATA}
+        for node in attributes:
+            holder = ast.unparse(node.value)
+            if node.attr == "weight" and id(node) not in asked and re.fullmatch(r"self(\.\w+)+", holder):
+                read.add(holder.removeprefix("self."))
+            elif holder == "self" and node.attr not in known and not hasattr(nn.Module, node.attr):
+                ahead.append(node.attr)
+    return frozenset(read)
+
+
+def _source_of(kind: type, name: str) -> ast.AST:
+    """A method or property as its source has it; empty if it is neither, or there is no source at hand."""
+    found = inspect.getattr_static(kind, name, None)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):  # no source at hand: nothing is known
-        return frozenset()
-    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    asked = {id(node.value) for node in attributes if node.attr in _METADATA}
-    weights = [node.value for node in attributes if node.attr == "weight" and id(node) not in asked]
-    own = [node.attr for node in weights if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"]
-    return frozenset(own)
+        return ast.parse(textwrap.dedent(inspect.getsource(found.fget if isinstance(found, property) else found)))
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
 
 
 def _remedy(layer: nn.Module, tensor: str) -> str:
