@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from blockvit import accuracy, bench, losses, notebook, pipeline, results
+from blockvit import accuracy, bench, losses, notebook, pipeline, results, train
 from blockvit.accuracy import AccuracyCell, cells
 from blockvit.results import Store
 from blockvit.supermask import num_kept, supermask_layers
@@ -38,14 +38,28 @@ def test_iterators_give_the_same_grid():
 
 def test_variants_are_recipe_changes_and_mask_options():
     options = [{"scores_lr": 0.1}, {"train_scores": False, "epochs": 3}]
-    lr, frozen = accuracy.variants("digits", "vit_digits", 32, 0.9, options)
+    lr, dense, frozen = accuracy.variants("digits", "vit_digits", 32, 0.9, options)
+    assert (dense.block_size, dense.recipe_changes) == (None, {"epochs": 3}), "trained for as long"
     assert (lr.recipe_changes, lr.mask_options) == ({"scores_lr": 0.1}, {})
     assert (frozen.recipe_changes, frozen.mask_options) == ({"epochs": 3}, {"train_scores": False})
     assert len({lr, frozen, replace(lr, variant=())}) == 3
     seeds = accuracy.variants("digits", "vit_digits", 32, 0.9, options, seeds=[0, 1])
     assert [(cell.seed, *cell.recipe_changes) for cell in seeds] == [
-        (0, "scores_lr"), (0, "epochs"), (1, "scores_lr"), (1, "epochs"),
+        (0, "scores_lr"), (0, "epochs"), (0, "epochs"), (1, "scores_lr"), (1, "epochs"), (1, "epochs"),
     ]  # fmt: skip
+
+
+def test_variants_that_begin_with_the_trained_dense_model():
+    options = [{"start": "dense", "scores": "magnitude"}, {"start": "dense", "distillation_alpha": 0.5}]
+    dense, plain, taught = accuracy.variants("digits", "vit_digits", 32, 0.9, options)
+    assert (dense.block_size, dense.variant) == (None, (("start", "dense"),))
+    assert {cell.start for cell in (dense, plain, taught)} == {AccuracyCell("digits", "vit_digits")}
+    assert (plain.recipe_changes, plain.mask_options) == ({}, {"scores": "magnitude"})
+    assert AccuracyCell("digits", "vit_digits").start is None
+    with pytest.raises(ValueError, match="start is 'imagenet'; expected 'dense'"):
+        AccuracyCell("digits", "vit_digits", 32, 0.9, variant={"start": "imagenet"})
+    with pytest.raises(ValueError, match="distillation needs a teacher; add start='dense'"):
+        AccuracyCell("digits", "vit_digits", 32, 0.9, variant={"distillation_alpha": 0.5})
 
 
 def test_a_dense_model_has_no_masks_to_vary():
@@ -130,6 +144,44 @@ def test_run_writes_accuracies_and_curves(trained):
         assert last == pytest.approx(top1[top1["backend"] == backend]["value"].iloc[0]), "the end of the curve"
     assert (curves[curves["metric"] == "train_loss"]["value"] > 0).all()
     assert rows.groupby("backend")["group"].nunique().eq(1).all()
+
+
+def test_a_trained_dense_model_is_begun_with_and_teaches(trained, tmp_path, monkeypatch):
+    """What ``fit`` gets is the dense model as trained, masked by its own weights, beside itself as the teacher."""
+    begun = {}
+
+    def fit(model, splits, recipe, *, teacher, **more):
+        begun.update(model=model, teacher=teacher, weights={n: t.clone() for n, t in model.state_dict().items()})
+        return train.fit(model, splits, recipe, teacher=teacher, **more)
+
+    cell = AccuracyCell("digits", "vit_digits", 32, 0.5, variant={
+        "start": "dense", "method": "magnitude", "distillation_alpha": 0.5, "epochs": 1, "lr_warmup_epochs": 0,
+    })  # fmt: skip
+    how = {"checkpoints": trained.checkpoints, "recipe": RECIPE}
+    dense, _ = accuracy.train_cell(GRID[0], **how)
+    monkeypatch.setattr(accuracy, "fit", fit)
+    _, rows = accuracy.train_cell(cell, **how)
+    assert {row["recipe"] for row in rows} == {
+        "digits epochs=2 + distillation_alpha=0.5 epochs=1 lr_warmup_epochs=0 method=magnitude start=dense"
+    }
+    last = {name: tensor for name, tensor in dense.state_dict().items() if "heads" in name or "mlp" in name}
+    assert all(torch.equal(begun["weights"][name], tensor) for name, tensor in last.items())
+    assert all(torch.equal(begun["teacher"].state_dict()[name], tensor) for name, tensor in last.items())
+
+
+def test_dense_models_that_others_begin_with_are_trained_once_and_first(tmp_path):
+    grid = accuracy.variants("digits", "vit_digits", 32, 0.5, [{"start": "dense"}])
+    store, how = Store(tmp_path / "results"), {"checkpoints": tmp_path / "checkpoints", "recipe": {"epochs": 2}}
+    report = accuracy.run(grid, store, **how, workers=2)
+    assert (report.measured, report.left) == (2, 0)
+    rows = store.read("accuracy")
+    assert set(rows["recipe"]) == {"digits epochs=2 + start=dense"}, "the model begun with was not asked for"
+    assert sorted(rows[rows["metric"] == "top1"]["backend"]) == ["dense", "supermask"]
+    files = list((tmp_path / "checkpoints/digits").glob("*.pt"))
+    assert len(files) == 3
+    written = {file: file.stat().st_mtime_ns for file in files}
+    assert accuracy.run([GRID[0], *grid], store, **how, workers=2).measured == 1, "now it is, and is only loaded"
+    assert {file: file.stat().st_mtime_ns for file in files} == written
 
 
 @pytest.mark.slow

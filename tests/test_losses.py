@@ -68,6 +68,15 @@ def test_variants_are_cells_of_their_own_against_the_reference_dense_model():
     assert losses.points_lost(table(dense(90.0), decayed, masked(88.0)))["lost"].tolist() == [2.0]
 
 
+def test_what_begins_with_a_trained_model_is_compared_with_a_dense_one_that_does():
+    on = "cifar10 epochs=60 + start=dense"
+    tuned = masked(91.0, recipe="cifar10 epochs=60 + method=magnitude start=dense")
+    assert losses.points_lost(table(dense(90.0), tuned)).empty
+    lost = losses.points_lost(table(dense(90.0), dense(93.0, recipe=on), masked(88.0), tuned))
+    assert dict(zip(lost["variant"], lost["lost"], strict=True)) == {"": 2.0, "method=magnitude start=dense": 2.0}
+    assert lost["dense_top1"].tolist() == [90.0, 93.0]
+
+
 def test_the_newest_row_of_a_training_counts():
     again = masked(85.0, date="2026-02-01T00:00:00Z")
     assert losses.points_lost(table(dense(90.0), again, masked(88.0)))["lost"].tolist() == [5.0]

@@ -94,6 +94,39 @@ def test_one_step_is_adamw_on_the_smoothed_loss():
         torch.testing.assert_close(ours[clear], theirs[clear], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_distillation_adds_the_teachers_answers(tau):
+    """One step, against Hinton's loss written out: labels, and cross entropy with the teacher less its entropy."""
+    settings = {"epochs": 1, "batch_size": 32, "lr_warmup_epochs": 0, "clip_grad_norm": None}
+    recipe = replace(TINY, **settings, distillation_alpha=0.3, distillation_tau=tau)
+    model, reference, teacher = tiny_model(), tiny_model(), tiny_model(seed=5)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    _, history = run(recipe, model, teacher=teacher.train())
+    images = data.normalize(tiny_data().train.images, *STATS)
+    logits, soft = reference(images), (teacher(images).detach() / tau).softmax(1)
+    hard = F.cross_entropy(logits, tiny_data().train.labels, label_smoothing=recipe.label_smoothing)
+    taught = (soft * (soft.log() - (logits / tau).log_softmax(1))).sum(1).mean()
+    loss = 0.7 * hard + 0.3 * tau**2 * taught
+    assert history.epochs[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    torch.optim.AdamW(reference.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay).step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        clear = theirs.grad.abs() > 1e-6
+        torch.testing.assert_close(ours[clear], theirs[clear], rtol=1e-4, atol=2e-5)
+    assert not teacher.training, "the teacher answers as in evaluation"
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_and_its_weight_come_together():
+    with pytest.raises(ValueError, match=r"distillation_alpha is 0.5 and there is no teacher; expected both"):
+        run(replace(TINY, distillation_alpha=0.5))
+    with pytest.raises(ValueError, match=r"distillation_alpha is 0.0 and there is a teacher; expected both"):
+        run(TINY, teacher=tiny_model())
+    with pytest.raises(ValueError, match=r"the teacher has 5 classes, tiny has 2; make the teacher with num_classes=2"):
+        run(replace(TINY, distillation_alpha=0.5), teacher=tiny_model(num_classes=5))
+
+
 def test_files_train_like_tensors(tmp_path):
     from PIL import Image
 
@@ -642,6 +675,8 @@ def test_full_disk_leaves_the_old_checkpoint(finished):
         ({"mixup_alpha": -1.0}, "mixup_alpha is -1.0; expected 0 or more"),
         ({"random_crop_padding": -1}, "random_crop_padding is -1; expected 0 or more"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"distillation_alpha": 1.5}, r"distillation_alpha is 1.5; expected a number in \[0, 1\]"),
+        ({"distillation_tau": 0.0}, "distillation_tau is 0.0; expected a positive number"),
         ({"label_smoothing": 1.0}, r"label_smoothing is 1.0; expected a number in \[0, 1\)"),
         ({"model_ema_decay": 1.0}, r"model_ema_decay is 1.0; expected a number in \[0, 1\)"),
         ({"lr_warmup_decay": 0.0}, r"lr_warmup_decay is 0.0; expected a number in \(0, 1\]"),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torchvision
+from safetensors.torch import load_file, save_file
 from test_train import tiny_data
 
 import blockvit
 from blockvit import data, models, train
 from blockvit.attention import expose_projections
-from blockvit.train import command
+from blockvit.train import command, weights
 from blockvit.train.recipe import RECIPES
 
 SMALL = ["--dataset", "digits", "--model", "vit_digits", "--device", "cpu", "--batch-size", "128"]
@@ -74,6 +75,67 @@ def test_masks_without_a_block_of_zeros_are_written_as_a_state_dict(tmp_path, fe
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     top1 = torch.load(tmp_path / "checkpoint.pt")["history"][-1]["test_top1"]
     assert train.evaluate(model, few_digits.test)["top1"] == pytest.approx(top1)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_trained_model_is_made_sparse_and_teaches(tmp_path, suffix, capsys):
+    torch.manual_seed(7)
+    trained = models.create("vit_digits")
+    torch.nn.init.normal_(trained.heads.head.weight)  # a new one is zero, to which the smallest step adds
+    file = tmp_path / f"trained{suffix}"
+    if suffix == ".pth":  # as torchvision's reference writes it
+        torch.save({"model": {f"module.{name}": tensor for name, tensor in weights_of(trained).items()}}, file)
+    else:
+        save_file(weights_of(trained), file)
+    # A learning rate that changes nothing shows what the training began with.
+    still = ["--lr", "1e-20", "--weight-decay", 0, "--sparsity", 0.5, "--targets", "mlp", "--weights", file]
+    how = [*still, "--scores", "magnitude", "--distillation-alpha", 0.5]
+    assert run(*QUICK, *how, "--output", tmp_path / "run") == 0
+    found = torch.load(tmp_path / "run/checkpoint.pt")["state"]["model"]
+    assert torch.equal(found["heads.head.weight"], trained.heads.head.weight)
+    assert torch.equal(found["encoder.layers.encoder_layer_0.mlp.0.weight"], trained.encoder.layers[0].mlp[0].weight)
+    capsys.readouterr()
+    assert run(*QUICK, "--distillation-alpha", 0.5, "--output", tmp_path / "untaught") == 1
+    assert "there is no teacher; expected both" in capsys.readouterr().err
+
+
+def test_a_head_of_other_classes_stays_new_and_cannot_teach(tmp_path, capsys):
+    save_file(weights_of(models.create("vit_digits", num_classes=7)), tmp_path / "seven.safetensors")
+    assert run(*QUICK, "--weights", tmp_path / "seven.safetensors", "--output", tmp_path / "run") == 0
+    how = ["--weights", tmp_path / "seven.safetensors", "--distillation-alpha", 0.5]
+    assert run(*QUICK, *how, "--output", tmp_path / "taught") == 1
+    assert "has a head of other classes than digits, so it cannot teach them" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_or_are_not_there(tmp_path, capsys):
+    save_file({"heads.head.weight": torch.zeros(10, 128)}, tmp_path / "part.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for given, message in {
+        tmp_path / "part.safetensors": "the weights are of another architecture than the model",
+        tmp_path / "text.safetensors": "is truncated or damaged",
+        tmp_path / "list.pth": "holds no state dict",
+        "IMAGENET1K_V1": "IMAGENET1K_V1 is no file, and no weights of vit_digits (torchvision has none)",
+    }.items():
+        assert run(*QUICK, "--weights", given, "--output", tmp_path / "run") == 1
+        assert message in capsys.readouterr().err
+
+
+def test_torchvisions_weights_by_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torchvision.models.ViT_B_16_Weights, "get_state_dict", lambda self, **how: asked.append((self, how)) or {}
+    )
+    for name in ("DEFAULT", "IMAGENET1K_V1", "ViT_B_16_Weights.IMAGENET1K_V1"):
+        assert weights.trained_weights(name, "vit_b_16") == {}
+    assert asked == [(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1, {"progress": False, "check_hash": True})] * 3
+    for name in ("IMAGENET1K_V9", "ViT_L_16_Weights.IMAGENET1K_V1"):
+        with pytest.raises(FileNotFoundError, match=r"no weights of vit_b_16 \(torchvision has IMAGENET1K_V1, "):
+            weights.trained_weights(name, "vit_b_16")
 
 
 def test_resume_goes_on_and_without_it_nothing_is_overwritten(tmp_path, capsys):

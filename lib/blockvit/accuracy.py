@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import bench, data, models, results
-from .losses import HEADLINE, described
+from .losses import HEADLINE, OF_DENSE_TOO, described
 from .machine import usable_cores
 from .parallel import map_cells
 from .supermask import BLOG_TARGETS, sparsify, supermask_layers
@@ -34,8 +35,9 @@ class AccuracyCell:
     """One training: ``sparsity`` and ``block_size`` of its supermasks (None and None: dense), and its ``seed``.
 
     ``targets`` are masked; the seed sets initial weights, scores, the order of pictures and their augmentation.
-    ``variant``, a mapping or pairs, says what this cell does unlike the others of its grid: fields of the recipe and
-    arguments of ``sparsify``.
+    ``variant``, a mapping or pairs, says what this cell does unlike the others of its grid: fields of the recipe,
+    arguments of ``sparsify``, and ``start="dense"``: begin with the trained dense model of the grid, which is also the
+    teacher if the variant distils.
     """
 
     dataset: str
@@ -52,6 +54,11 @@ class AccuracyCell:
         object.__setattr__(self, "variant", tuple(sorted(dict(self.variant).items())))
         if self.block_size is None and self.mask_options:
             raise ValueError(f"{self}: a dense model has no masks to vary; expected fields of the recipe only")
+        begin = dict(self.variant).get("start", "dense")
+        if begin != "dense":
+            raise ValueError(f"{self}: start is {begin!r}; expected 'dense', or none for an untrained model")
+        if "distillation_alpha" in self.recipe_changes and self.start is None:
+            raise ValueError(f"{self}: distillation needs a teacher; add start='dense' to the variant")
 
     @property
     def recipe_changes(self) -> dict[str, Any]:
@@ -61,7 +68,14 @@ class AccuracyCell:
     @property
     def mask_options(self) -> dict[str, Any]:
         """The part of ``variant`` that is ``sparsify``'s."""
-        return {name: value for name, value in self.variant if name not in RECIPE_FIELDS}
+        return {name: value for name, value in self.variant if name not in RECIPE_FIELDS and name != "start"}
+
+    @property
+    def start(self) -> AccuracyCell | None:
+        """The dense cell whose trained model this one begins with; None: it begins untrained."""
+        if "start" not in dict(self.variant):
+            return None
+        return replace(self, block_size=None, sparsity=None, variant=())
 
     @property
     def name(self) -> str:
@@ -84,14 +98,16 @@ class AccuracyCell:
             **more,
         }
 
-    def build(self) -> nn.Module:
-        """The untrained model, masks in place.
+    def build(self, trained: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The model to train, masks in place: with new weights, or with those of ``trained``, a dense state dict.
 
         Raises:
             TypeError: ``variant`` names what neither the recipe nor ``sparsify`` knows.
         """
         torch.manual_seed(self.seed)
         model = models.create(self.model)
+        if trained is not None:
+            model.load_state_dict(trained)
         if self.block_size is not None:
             sparsify(model, self.sparsity, self.block_size, targets=self.targets, **self.mask_options)
         return model
@@ -122,9 +138,18 @@ def variants(
     options: Iterable[Mapping[str, Any]],
     seeds: Sequence[int] = (0,),
 ) -> list[AccuracyCell]:
-    """One masked cell for each of ``options`` and each seed, seed by seed; see ``AccuracyCell.variant``."""
-    options = list(options)
-    return [AccuracyCell(dataset, model, block_size, sparsity, seed, variant=o) for seed in seeds for o in options]
+    """One masked cell for each of ``options`` and each seed, seed by seed; see ``AccuracyCell.variant``.
+
+    Before it stands the dense cell to compare it with, where that is not the grid's: trained for as long, from the same
+    start.
+    """
+    options, found = list(options), {}
+    for seed in seeds:
+        for option in options:
+            if shared := {name: value for name, value in option.items() if name in OF_DENSE_TOO}:
+                found[AccuracyCell(dataset, model, seed=seed, variant=shared)] = None
+            found[AccuracyCell(dataset, model, block_size, sparsity, seed, variant=option)] = None
+    return list(found)
 
 
 def _recipe(cell: AccuracyCell, changes: Mapping[str, Any] | None) -> tuple[Recipe, str]:
@@ -134,9 +159,12 @@ def _recipe(cell: AccuracyCell, changes: Mapping[str, Any] | None) -> tuple[Reci
     return replace(recipe, seed=cell.seed), described(cell.dataset, changes, dict(cell.variant))
 
 
-def _checkpoint(folder: str | os.PathLike[str], cell: AccuracyCell, recipe: Recipe, data_root: str | None) -> Path:
+def _checkpoint(
+    folder: str | os.PathLike[str], cell: AccuracyCell, changes: Mapping[str, Any] | None, data_root: str | None
+) -> Path:
+    recipe, description = _recipe(cell, changes)
     # Other targets, another variant or another recipe are another training: the digest keeps their checkpoints apart.
-    digest = hashlib.sha256(repr((cell, asdict(recipe))).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr((cell, asdict(recipe), description)).encode()).hexdigest()[:8]
     return Path(folder) / data.label(cell.dataset, data_root) / f"{cell.name}-{digest}.pt"
 
 
@@ -153,11 +181,18 @@ def train_cell(
     """Train a cell, or go on from its checkpoint; returns the model and the rows (without ``environment``'s columns).
 
     Rows are the final test accuracy in percent (``accuracy``), the curve, an epoch at a time (``training``), and what
-    the masks became, a layer at a time (``masks``). There are none if ``stop`` ended the training, see ``fit``.
+    the masks became, a layer at a time (``masks``). There are none if ``stop`` ended the training, see ``fit``, or that
+    of the dense model that the cell begins with.
     """
+    settings = {"data_root": data_root, "recipe": recipe, "device": device, "progress": progress, "stop": stop}
+    start = None
+    if cell.start is not None:
+        start, dense_rows = train_cell(cell.start, checkpoints=checkpoints, **settings)
+        if not dense_rows:
+            return start, []
     folder = Path(checkpoints)
     splits = _load(cell.dataset, data_root, folder)
-    model = cell.build()
+    model = cell.build(None if start is None else start.state_dict())
     before = block_masks(model)
     how, description = _recipe(cell, recipe)
     history = fit(
@@ -165,10 +200,11 @@ def train_cell(
         splits,
         how,
         device=device,
-        checkpoint=_checkpoint(folder, cell, how, data_root),
+        checkpoint=_checkpoint(folder, cell, recipe, data_root),
         progress=progress,
         num_workers=0 if isinstance(splits.train, data.ImageTensors) else min(16, usable_cores()),
         stop=stop,
+        teacher=start if how.distillation_alpha else None,
     )
     if len(history.epochs) < how.epochs:
         return model, []
@@ -224,7 +260,7 @@ def block_masks(model: nn.Module) -> dict[str, np.ndarray]:
 def masks(
     cell: AccuracyCell, checkpoints: str | os.PathLike[str], **arguments: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A cell's block masks by layer, see ``block_masks``: before training, that is random, and learnt.
+    """The block masks by layer, see ``block_masks``, of a cell that begins untrained: random ones, and learnt ones.
 
     ``arguments`` go to ``train_cell``, which finds the cell trained or trains it.
     """
@@ -248,9 +284,11 @@ class _Deadline:
         return time.monotonic() + max(past) >= self.at
 
 
-def _train_and_report(
-    cell: AccuracyCell, *, deadline: float | None, **arguments: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+_Trained = tuple[list[dict[str, Any]], dict[str, Any]]
+"""What a worker brings back: a cell's rows, and the environment that it was trained in."""
+
+
+def _train_and_report(cell: AccuracyCell, *, deadline: float | None, **arguments: Any) -> _Trained:
     # The model stays behind: its checkpoint is on disk, and weights are a lot to send between processes.
     if deadline is not None and time.monotonic() >= deadline:
         return [], {}
@@ -262,9 +300,7 @@ def _train_only(cell: AccuracyCell, arguments: dict[str, Any]) -> None:
     train_cell(cell, **arguments)
 
 
-def _train_together(
-    cell: AccuracyCell, *, num_processes: int, deadline: float | None, **arguments: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _train_together(cell: AccuracyCell, *, num_processes: int, deadline: float | None, **arguments: Any) -> _Trained:
     """As ``_train_and_report``, which here only finds the checkpoint of what the processes have trained."""
     if deadline is None or time.monotonic() < deadline:
         stop = None if deadline is None else _Deadline(cell.model, deadline)
@@ -324,7 +360,7 @@ def run(
         return report
     if remeasure:
         for cell in pending:
-            _checkpoint(checkpoints, cell, _recipe(cell, recipe)[0], data_root).unlink(missing_ok=True)
+            _checkpoint(checkpoints, cell, recipe, data_root).unlink(missing_ok=True)
     workers = 1 if num_processes > 1 else workers or _workers(device, pending)
     if bench.busy_note():
         report.notes.append("other processes kept the cores busy when the run began: its times are not written")
@@ -341,14 +377,20 @@ def run(
         device=device,
         deadline=None if budget_s is None else start + budget_s,
     )
-    if num_processes > 1:
-        together = partial(_train_together, num_processes=num_processes, **work.keywords)
-        finished = ((cell, together(cell)) for cell in pending)
-    else:
-        finished = map_cells(work, pending, workers)
-    for _, (rows, environment) in tqdm(finished, total=len(pending), desc="accuracy", unit="cell", leave=False):
-        if not rows:
-            continue  # the budget was spent
+    together = partial(_train_together, num_processes=num_processes, **work.keywords)
+
+    def train(cells: list[AccuracyCell]) -> Iterator[tuple[AccuracyCell, _Trained]]:
+        return map_cells(work, cells, workers) if num_processes == 1 else ((cell, together(cell)) for cell in cells)
+
+    # Dense models that others begin with come first: two cells that begin with one would both train it.
+    starts = list(dict.fromkeys(cell.start for cell in pending if cell.start is not None))
+    starts = [c for c in starts if c in pending or not _checkpoint(checkpoints, c, recipe, data_root).exists()]
+    others = [cell for cell in pending if cell not in starts]
+    finished = chain(train(starts), train(others))
+    bar = tqdm(finished, total=len(starts) + len(others), desc="accuracy", unit="cell", leave=False)
+    for cell, (rows, environment) in bar:
+        if not rows or cell not in pending:
+            continue  # the budget was spent; or the model is in the tables and was only needed again
         rows = [row for row in rows if timed or row["metric"] != "train_seconds"]
         group = results.new_group()
         store.append({**environment, "group": group, **row} for row in rows)

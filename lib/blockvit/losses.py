@@ -31,6 +31,9 @@ published losses (0.7 to 5 points at 80%, 2 to 19 at 90%) fit these."""
 FROZEN = "train_scores=False"
 """The variant that learns no masks."""
 
+OF_DENSE_TOO = ("epochs", "start")
+"""What of a variant its dense model has as well: to be trained for as long, from the same start."""
+
 MODEL = ["dataset", "model", "recipe"]
 CELL = [*MODEL, "scope", "variant", "block_size", "sparsity"]
 
@@ -65,6 +68,8 @@ def top1(accuracy: pd.DataFrame) -> pd.DataFrame:
 def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Points lost against the dense model of the same data set, model and recipe, by cell and variant.
 
+    A variant that starts from a trained model, or trains for another time, is compared with a dense model that does so.
+
     Args:
         accuracy: rows of the table of that name, of one device.
 
@@ -76,9 +81,9 @@ def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     """
     rows = top1(accuracy)
     is_dense = rows["backend"] == "dense"
-    dense = (
-        rows[is_dense & (rows["variant"] == "")].groupby(MODEL, as_index=False)["value"].agg(["mean", "count", "var"])
-    )
+    counterpart = [*MODEL, "dense_variant"]
+    dense = rows[is_dense].rename(columns={"variant": "dense_variant"})
+    dense = dense.groupby(counterpart, as_index=False)["value"].agg(["mean", "count", "var"])
     sparse = rows[~is_dense].groupby(CELL, as_index=False)["value"].agg(["mean", "min", "max", "count", "var"])
     cells = sparse.rename(columns={"mean": "top1", "min": "low", "max": "high", "count": "seeds"})
     freedom = cells["seeds"] - 1
@@ -87,8 +92,14 @@ def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     pooled = parts.groupby([*MODEL, "sparsity"])[["squares", "freedom"]].transform("sum")
     cells = cells.drop(columns="var").assign(seed_variance=pooled["squares"] / pooled["freedom"])
     names = {"mean": "dense_top1", "count": "dense_seeds", "var": "dense_seed_variance"}
-    cells = cells.merge(dense.rename(columns=names), on=MODEL)
+    cells = cells.assign(dense_variant=cells["variant"].map(_of_dense))
+    cells = cells.merge(dense.rename(columns=names), on=counterpart)
     return cells.assign(lost=cells["dense_top1"] - cells["top1"])
+
+
+def _of_dense(variant: str) -> str:
+    """The variant of the dense model that a variant is compared with."""
+    return " ".join(pair for pair in variant.split() if pair.partition("=")[0] in OF_DENSE_TOO)
 
 
 def reference(cells: pd.DataFrame) -> pd.DataFrame:

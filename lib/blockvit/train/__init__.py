@@ -9,6 +9,7 @@
     schedule.py   learning rate and sparsity, step by step
     processes.py  one process, or several through Accelerate
     resume.py     checkpoints
+    weights.py    trained weights to begin with
     launch.py     several processes, started from a notebook
     cost.py       what a training costs, on paper
     command.py    one training as a plain command: python -m blockvit.train

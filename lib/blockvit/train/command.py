@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import re
 import sys
@@ -24,10 +25,16 @@ from .batches import accumulation, steps_per_epoch
 from .loop import History, NonFiniteLossError, fit
 from .processes import Alone, join
 from .recipe import RECIPES, Recipe, recipe_for
+from .weights import begin_with, trained_weights
 
 EXAMPLES = """
 examples:
   python -m blockvit.train --dataset digits --model vit_digits --sparsity 0.9 --output runs/digits
+
+  a trained model, made sparse in a tenth of the epochs, and taught by what it was:
+  python -m blockvit.train --dataset imagenet --data /data/imagenet --model vit_b_16 --weights IMAGENET1K_V1 \\
+      --sparsity 0.8 --scores magnitude --sparsity-schedule cubic --distillation-alpha 0.5 --epochs 30 \\
+      --lr-warmup-epochs 3 --lr 3e-4 --output runs/vit_b_16-sp0.80-bs32
 
   one node of eight GPUs:
   accelerate launch --multi_gpu --num_processes 8 -m blockvit.train --dataset imagenet --data /data/imagenet \\
@@ -57,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--dataset", required=True, choices=data.NAMES, help="which pictures")
     what.add_argument("--data", metavar="DIR", help="their folder: train/ and val/, each with a folder for every class")
     what.add_argument("--model", required=True, metavar="NAME", help=", ".join(models.names()))
+    what.add_argument(
+        "--weights", metavar="FILE|NAME", help="begin with these, dense: a state dict, or torchvision's IMAGENET1K_V1; "
+        "they also teach, if distillation_alpha is set",
+    )  # fmt: skip
     what.add_argument("--sparsity", type=float, metavar="S", help="fraction of blocks to drop; left out: dense")
     what.add_argument("--block-size", type=int, default=32, metavar="N", help="edge length of blocks (default: 32)")
     what.add_argument("--targets", nargs="+", default=BLOG_TARGETS, metavar="NAME", help="default: mlp out_proj head")
@@ -160,6 +171,15 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
         splits = data.load(args.dataset, args.data, download=True, cache_dir=args.output / "datasets")
     torch.manual_seed(recipe.seed)
     model = models.create(args.model, num_classes=len(splits.classes), image_size=splits.image_size)
+    if args.weights is not None:
+        with processes.main_first():
+            whole = begin_with(model, trained_weights(args.weights, args.model))
+        if not whole and recipe.distillation_alpha:
+            raise ValueError(
+                f"--weights {args.weights} has a head of other classes than {args.dataset}, so it cannot teach them; "
+                "leave out --distillation-alpha, or pass weights that were trained on this data"
+            )
+    teacher = copy.deepcopy(model) if recipe.distillation_alpha and args.weights is not None else None
     if args.sparsity is not None:
         settings = {"targets": args.targets, "method": args.method, "scores": args.scores}
         sparsify(model, args.sparsity, args.block_size, **settings)
@@ -192,6 +212,7 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
         num_workers=workers,
         accumulate=accumulate,
         compile=args.compile,
+        teacher=teacher,
         on_epoch=lambda history: report(history, recipe, args.output / "curve.csv"),
     )
     if processes.is_main:

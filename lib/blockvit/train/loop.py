@@ -89,6 +89,7 @@ def fit(
     accumulate: int | None = None,
     compile: bool | str = False,
     stop: Callable[[History], bool] | None = None,
+    teacher: nn.Module | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -119,10 +120,14 @@ def fit(
         compile: train through ``torch.compile``; a string is its mode, e.g. ``"reduce-overhead"``.
         stop: asked before each epoch, of several processes in the main one; training ends there once it returns True.
             The history is then shorter than the recipe, and a later call goes on from ``checkpoint``.
+        teacher: a trained model of the same classes, which ``recipe.distillation_alpha`` asks for: often the dense
+            model that ``model`` was made from. It is moved to the device, put into evaluation mode and not trained;
+            in each process it is the caller's.
 
     Raises:
         ValueError: ``eval_every`` below 1, fewer training pictures than a batch, a batch that cannot be cut into equal
-            passes, a model of other classes, or processes that were called with different things.
+            passes, a model or teacher of other classes, a teacher without ``distillation_alpha`` or the reverse, or
+            processes that were called with different things.
         CheckpointError: ``checkpoint`` is damaged, or of another model, recipe or data set (the first difference is
             named).
         NonFiniteLossError: the loss became NaN or infinite (epoch, step and learning rate are named), in every process.
@@ -130,11 +135,11 @@ def fit(
     """
     processes = join(device)
     end_sparse(model)  # an earlier call may have made it so, with an optimizer that is no more
-    _check_run(model, data, recipe, eval_every)
+    _check_run(model, data, recipe, eval_every, teacher)
     accumulate = accumulation(recipe.batch_size, processes.count, accumulate)
     identity = checkpoints.identity_of(model, data, recipe)
     _check_together(processes, identity)
-    trainer = _Trainer.make(model, recipe, processes, len(data.train), accumulate, compile)
+    trainer = _Trainer.make(model, recipe, processes, len(data.train), accumulate, compile, teacher)
     path = None if checkpoint is None else Path(checkpoint).expanduser()
     history = History()
     if path and resume:
@@ -191,6 +196,7 @@ class _Trainer:
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
     masks: MaskSchedule
+    teacher: nn.Module | None
 
     def __post_init__(self) -> None:
         self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -204,8 +210,11 @@ class _Trainer:
         pictures: int,
         accumulate: int = 1,
         compile: bool | str = False,
+        teacher: nn.Module | None = None,
     ) -> _Trainer:
         model.to(processes.device)
+        if teacher is not None:
+            teacher.to(processes.device).eval()
         compiled = torch.compile(model, mode=compile if isinstance(compile, str) else None) if compile else model
         forward = processes.parallel(compiled)  # before the copy below: now all have the main process's weights
         optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, fused=True)
@@ -217,7 +226,9 @@ class _Trainer:
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.model_ema else None
         steps = steps_per_epoch(pictures, recipe)
         masks = MaskSchedule(model, recipe, steps)
-        return cls(model, forward, recipe, processes, pictures, steps, accumulate, optimizer, scaler, ema, masks)
+        return cls(
+            model, forward, recipe, processes, pictures, steps, accumulate, optimizer, scaler, ema, masks, teacher
+        )
 
     def train_epoch(self, epoch: int, parts: Iterable[Batch], bar: tqdm) -> dict[str, Any]:
         """Train on ``parts``, ``accumulate`` for each step; returns the epoch's record, without the evaluation."""
@@ -255,8 +266,7 @@ class _Trainer:
             images, labels = next(parts)
             with self.processes.unsynchronized(self.forward) if left else nullcontext():
                 with torch.autocast(self.processes.device.type, self.amp_dtype, enabled=recipe.amp):
-                    logits = self.forward(images)
-                    part = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) / self.accumulate
+                    part = self.loss(images, labels) / self.accumulate
                 self.scaler.scale(part).backward()
             loss = loss + part.detach()
         if recipe.clip_grad_norm is not None:
@@ -267,6 +277,20 @@ class _Trainer:
         if self.ema is not None and step % recipe.model_ema_steps == 0:
             self.update_ema(warming_up=step < recipe.lr_warmup_epochs * self.steps)
         return loss
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of ``images``; ``labels`` are classes or, of mixed pictures, their probabilities."""
+        recipe, logits = self.recipe, self.forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = self.teacher(images)
+        tau, alpha = recipe.distillation_tau, recipe.distillation_alpha
+        student, taught = (F.log_softmax(found / tau, dim=-1) for found in (logits, taught))
+        # By tau squared, so that the gradient's size does not depend on the temperature.
+        divergence = F.kl_div(student, taught, reduction="batchmean", log_target=True) * tau**2
+        return (1 - alpha) * loss + alpha * divergence
 
     def update_ema(self, warming_up: bool) -> None:
         self.ema.update_parameters(self.model)
@@ -363,8 +387,10 @@ def _prepared(data: DataSplits, recipe: Recipe) -> tuple[Images, Images]:
     return train, test
 
 
-def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: int) -> None:
-    """Raise ``ValueError`` if ``model``, ``data`` and ``recipe`` do not go together."""
+def _check_run(
+    model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: int, teacher: nn.Module | None = None
+) -> None:
+    """Raise ``ValueError`` if ``model``, ``data``, ``recipe`` and ``teacher`` do not go together."""
     if eval_every < 1:
         raise ValueError(f"eval_every is {eval_every}; expected a number of epochs, at least 1")
     if steps_per_epoch(len(data.train), recipe) < 1:
@@ -372,14 +398,21 @@ def _check_run(model: nn.Module, data: DataSplits, recipe: Recipe, eval_every: i
             f"{data.name} has {len(data.train)} training pictures, fewer than one batch of {recipe.batch_size}; "
             "choose a smaller batch_size"
         )
-    outputs = num_classes(model)
-    if outputs is None:
-        outputs = getattr(model, "num_classes", len(data.classes))
-    if outputs != len(data.classes):
+    if (teacher is None) != (recipe.distillation_alpha == 0):
+        there = "no teacher" if teacher is None else "a teacher"
         raise ValueError(
-            f"the model has {outputs} classes, {data.name} has {len(data.classes)}; make the model with "
-            f"num_classes={len(data.classes)}"
+            f"recipe: distillation_alpha is {recipe.distillation_alpha} and there is {there}; expected both a positive "
+            "distillation_alpha and a teacher, or neither"
         )
+    for what, one in {"model": model, "teacher": teacher}.items():
+        outputs = None if one is None else num_classes(one)
+        if outputs is None:
+            outputs = getattr(one, "num_classes", len(data.classes))
+        if outputs != len(data.classes):
+            raise ValueError(
+                f"the {what} has {outputs} classes, {data.name} has {len(data.classes)}; make the {what} with "
+                f"num_classes={len(data.classes)}"
+            )
 
 
 def _check_together(processes: Alone, identity: dict[str, Any]) -> None:

@@ -69,6 +69,9 @@ class Recipe:
             ``sparse_training.train_sparse``); ``None``: through masked dense weights.
         sparse_weight_grad: while a mask lasts, ``"dense"``: scores and weights learn as if all blocks were there;
             ``"kept"``: those of kept blocks alone.
+        distillation_alpha: weight in [0, 1] of the teacher's answers beside the labels, which have the rest; 0: no
+            teacher. Soft distillation (Hinton et al., arXiv:1503.02531), named as in DeiT.
+        distillation_tau: temperature of both models' logits there.
         seed: of all randomness in training; the initial weights are the caller's.
 
     Raises:
@@ -110,13 +113,15 @@ class Recipe:
     sparsity_end: float = 0.5
     sparse_steps: int | None = None
     sparse_weight_grad: str = "dense"
+    distillation_alpha: float = 0.0
+    distillation_tau: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "ra_reps", "model_ema_steps", "sparse_steps", *_SIZES):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
-        for name in ("lr", "scores_lr", "clip_grad_norm"):
+        for name in ("lr", "scores_lr", "clip_grad_norm", "distillation_tau"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "a positive number")
         for name in ("lr_min", "mixup_alpha", "cutmix_alpha", "random_crop_padding", "seed", *_DECAYS):
@@ -124,6 +129,7 @@ class Recipe:
             self._require(name, value is None or 0 <= value < math.inf, "0 or more")
         for name in ("label_smoothing", "model_ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._require("distillation_alpha", 0 <= self.distillation_alpha <= 1, "a number in [0, 1]")
         self._require("lr_warmup_decay", 0 < self.lr_warmup_decay <= 1, "a number in (0, 1]")
         self._require(
             "lr_warmup_epochs", 0 <= self.lr_warmup_epochs < self.epochs, f"0 to epochs - 1 ({self.epochs - 1})"
