@@ -1,5 +1,6 @@
 """pyproject.toml, requirements.lock and environment.yml say the same."""
 
+import ast
 import pkgutil
 import re
 import subprocess
@@ -14,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import blockvit
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -156,3 +159,21 @@ def test_conda_python_is_the_projects():
     required = SpecifierSet(PROJECT["requires-python"])
     releases = [f"3.{minor}" for minor in range(8, 20)]
     assert [r for r in releases if python.specifier.contains(r)] == [r for r in releases if required.contains(r)]
+
+
+def test_what_the_package_exports():
+    """Late, so the imports for type checkers and the table for everybody else must agree."""
+    tree = ast.parse((ROOT / "lib/blockvit/__init__.py").read_text())
+    late = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.asname: statement.module for statement in late.body for alias in statement.names}
+    assert typed.pop("kernels") is None
+    assert typed == blockvit._HOME
+    assert list(blockvit._EXPORTS) == sorted(blockvit._EXPORTS)
+    for name in blockvit.__all__:
+        value = getattr(blockvit, name)
+        assert name in dir(blockvit) and value.__name__ == name
+        assert value.__module__.startswith(f"blockvit.{typed[name]}")
+    assert blockvit.kernels.registry and blockvit.supermask.METHODS
+    with pytest.raises(AttributeError, match="module 'blockvit' has no attribute 'spasify'"):
+        blockvit.spasify  # noqa: B018
+    assert (ROOT / "lib/blockvit/py.typed").exists()

@@ -13,7 +13,7 @@ from torch import nn
 
 from blockvit import data, models, notebook, pipeline, results
 from blockvit import published as command
-from blockvit.fold import to_block_sparse
+from blockvit.convert import to_block_sparse
 from blockvit.published import APPLIED, LEFT_OUT, RECIPE, PublishedCheckpoint, evaluate
 
 STATS = data.sets.IMAGENET_MEAN, data.sets.IMAGENET_STD

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from triton_interpreter import INTERPRETED, every_device, slow, test_file_in_the_interpreter
 
 from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix, backends
-from blockvit.fold import random_block_mask_
+from blockvit.convert import random_block_mask_
 from blockvit.kernels import resolve, tuning
 from blockvit.kernels.triton import packing, parameters
 

@@ -16,7 +16,7 @@ from triton_interpreter import INTERPRETED, every_device, run_interpreted, slow,
 
 import blockvit
 from blockvit import BlockSparseLinear, BlockSparseMLP, BSRMatrix, tune
-from blockvit.fold import random_block_mask_
+from blockvit.convert import random_block_mask_
 from blockvit.kernels import tuning
 from blockvit.mlp import fuse_mlps
 

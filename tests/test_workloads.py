@@ -12,7 +12,7 @@ from blockvit import engines, models, semi_structured, tune
 from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
 from blockvit.clocks import Clock, Timing
-from blockvit.fold import random_block_mask_
+from blockvit.convert import random_block_mask_
 from blockvit.masks import num_kept
 from blockvit.results import COLUMNS, KEYS, Store
 from blockvit.targets import matching

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import bench, data, models, results, superblock
-from .fold import layer_fates, to_block_sparse
+from .convert import layer_fates, to_block_sparse
 from .linear import BlockSparseLinear
 from .machine import usable_cores
 from .supermask import BLOG_TARGETS

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .bsr import BSRMatrix
-from .fold import random_block_mask_
+from .convert import random_block_mask_
 from .kernels import resolve, torch_tuned, tuning
 from .kernels.torch_bsr import bsr_limits, bsr_tensor, pad_tokens
 from .kernels.triton import packing, parameters

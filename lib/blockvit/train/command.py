@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .. import checkpoint, data, files, models
-from ..fold import fold, layer_fates, to_block_sparse
+from ..convert import fold, layer_fates, to_block_sparse
 from ..machine import usable_cores
 from ..supermask import BLOG_TARGETS, METHODS, SCORES, sparsify, supermask_layers
 from .batches import accumulation, steps_per_epoch

@@ -14,7 +14,7 @@ from .. import models
 from ..bench import Effort, timing_row
 from ..checkpoint import load, save
 from ..clocks import Timing, clock_for
-from ..fold import model_bytes, to_block_sparse
+from ..convert import model_bytes, to_block_sparse
 from .vit import ModelCase, dense_model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import engines, semi_structured
 from ..bench import DTYPES, Effort, precision_class
 from ..clocks import clock_for, cuda_graph
-from ..fold import random_block_mask_
+from ..convert import random_block_mask_
 from ..linear import BlockSparseLinear
 from .modes import CUDA_GRAPH, compiled, runnable_modes
 from .variants import Variant, latency_key, measure_group, runnable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bench import Effort, precision_class
 from ..clocks import clock_for, cuda_graph
-from ..fold import random_block_mask_
+from ..convert import random_block_mask_
 from .modes import CUDA_GRAPH, compiled, runnable_modes
 from .variants import Variant, convert, latency_key, measure_group, runnable
 

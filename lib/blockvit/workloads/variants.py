@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import semi_structured
 from ..bench import DTYPES, Effort, check_close, failed_row, interleave, timing_row
 from ..clocks import Clock
-from ..fold import to_block_sparse
+from ..convert import to_block_sparse
 from ..kernels import named
 from ..mlp import BlockSparseMLP
 

@@ -16,7 +16,7 @@ from .. import engines, models, semi_structured
 from ..attention import expose_projections
 from ..bench import DTYPES, Effort, peak_memory, precision_class
 from ..clocks import clock_for, cuda_graph
-from ..fold import model_bytes, random_block_mask_
+from ..convert import model_bytes, random_block_mask_
 from ..supermask import BLOG_TARGETS
 from ..targets import matching
 from .modes import CUDA_GRAPH, compiled, runnable_modes

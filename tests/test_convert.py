@@ -22,7 +22,7 @@ from blockvit import (
     sparsify,
     to_block_sparse,
 )
-from blockvit.fold import LayerFate, random_block_mask_
+from blockvit.convert import LayerFate, random_block_mask_
 from blockvit.kernels import cpu
 from blockvit.patches import PatchEmbedding
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
@@ -445,7 +445,7 @@ needs_a_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the CPU kernel could
 def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeypatch):
     monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster and HAS_KERNEL)
     monkeypatch.setattr(
-        importlib.import_module("blockvit.fold"), "beats_convolution", lambda *sizes: faster and HAS_KERNEL
+        importlib.import_module("blockvit.convert"), "beats_convolution", lambda *sizes: faster and HAS_KERNEL
     )
     model = folded_vit()
     x = torch.randn(2, 3, 16, 16)
