@@ -388,6 +388,27 @@ def test_short_benchmarks_end_with_their_block():
         testing.do_bench = original
 
 
+def test_the_search_leaves_out_float32_tiles_that_compile_for_minutes(monkeypatch):
+    pytest.importorskip("triton")
+    import torch.sparse._triton_ops as ops
+
+    ran = []
+    monkeypatch.setattr(ops, "bsr_dense_addmm", lambda added, bsr, dense, *, meta: ran.append((dense.dtype, meta)))
+    pretended = ops.bsr_dense_addmm
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = torch.zeros(64, 256, dtype=dtype)
+        weight = torch.eye(64, dtype=dtype).to_sparse_bsr((64, 64))
+        with tune.quick_to_compile():
+            ops.bsr_dense_addmm(None, weight, dense, meta={"SPLIT_N": 4, "num_warps": 4})
+            slow = {"SPLIT_N": 2, "num_warps": 1}  # 64 x 128 sums in 32 threads
+            if dtype is torch.float32:
+                with pytest.raises(RuntimeError, match="8192 sums in 1 warps take too long to compile"):
+                    ops.bsr_dense_addmm(None, weight, dense, meta=slow)
+            else:
+                ops.bsr_dense_addmm(None, weight, dense, meta=slow)
+    assert len(ran) == 3 and ops.bsr_dense_addmm is pretended
+
+
 def test_benchmarks_end_when_the_time_is_up_and_the_search_with_what_it_has():
     testing = pytest.importorskip("triton.testing")
     from torch.sparse._triton_ops_meta import minimize

@@ -40,6 +40,10 @@ WARMUP_MS, REP_MS = 25, 50
 SEARCH_SECONDS = 30
 """After how many a search ends with the best so far: candidates are many, and some take seconds to compile."""
 
+UNROLLED = 64
+"""Sums of a float32 tile a thread, in the search for PyTorch's kernel: it unrolls them into single multiply-adds, and
+with 128 one candidate compiles for ten seconds or minutes, which no time limit can interrupt."""
+
 SHAPES = ((3072, 768), (768, 3072), (768, 768), (2304, 768))
 """``(out, in)`` of ViT-B/16: the MLP first, which has most of the work, then out_proj and qkv."""
 
@@ -235,7 +239,7 @@ def search_torch_bsr(case: Case, device: torch.device) -> Found | None:
     rows, cols = matrix.padded_shape
     weight = bsr_tensor(matrix.crow_indices, matrix.col_indices, matrix.values, rows, cols)
     y = x.new_empty(x.shape[0], rows)
-    with short_benchmarks(seconds=SEARCH_SECONDS):
+    with short_benchmarks(seconds=SEARCH_SECONDS), quick_to_compile():
         # The same views as in `torch_tuned.launch`; `force`, because it returns PyTorch's own A100 parameters at once.
         found = tune_bsr_dense_addmm(
             bias.unsqueeze(1).expand(-1, x.shape[0]), weight, x.t(), beta=1, alpha=1, out=y.t(), store=False, force=True
@@ -509,6 +513,28 @@ def short_benchmarks(
         yield
     finally:
         triton.testing.do_bench = original
+
+
+@contextmanager
+def quick_to_compile() -> Iterator[None]:
+    """Let PyTorch's search, which goes on past what fails, leave out float32 tiles of more than ``UNROLLED`` sums."""
+    import torch.sparse._triton_ops as ops
+
+    original = ops.bsr_dense_addmm
+
+    def bsr_dense_addmm(
+        added: Tensor, bsr: Tensor, dense: Tensor, *, meta: Mapping[str, int], **options: Any
+    ) -> Tensor:
+        tile = bsr.values().shape[-1] * dense.shape[-1] // meta["SPLIT_N"]
+        if dense.dtype == torch.float32 and tile > UNROLLED * 32 * meta["num_warps"]:
+            raise RuntimeError(f"{tile} sums in {meta['num_warps']} warps take too long to compile")
+        return original(added, bsr, dense, meta=meta, **options)
+
+    ops.bsr_dense_addmm = bsr_dense_addmm
+    try:
+        yield
+    finally:
+        ops.bsr_dense_addmm = original
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

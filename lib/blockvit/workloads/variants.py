@@ -146,6 +146,8 @@ def measure_group(
         except Exception as error:
             if place == 0:
                 raise
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # raises if the GPU is lost to this process: no fault of what comes next
             failed.append(failed_row(error, str(variant), **variant.key))
     timings = interleave({str(place): call for place, call in calls.items()}, clock=clock, effort=effort)
     rows = []

@@ -80,11 +80,13 @@ def linear(
 def group(
     device: torch.device, out_features: int, in_features: int, block_size: int, dtype: torch.dtype, nnz: int
 ) -> int | None:
-    """How many block rows a group has that was found best on this GPU; None if nothing like it was tuned.
+    """How many block rows a group has that was found best on this GPU; None if no weight of this shape was tuned.
 
-    A weight is packed before anyone knows for how many tokens: the largest number that was tuned decides.
+    A weight is packed before anyone knows for how many tokens: the largest number that was tuned decides. Taken over
+    from no other shape: at 90% in blocks of 64, pairs of rows save fc1 a tenth and cost fc2 a quarter, counted.
     """
-    entries = tuning.entries(device, LINEAR)
+    shape = {"out_features": out_features, "in_features": in_features}
+    entries = [e for e in tuning.entries(device, LINEAR) if shape.items() <= e["key"].items()]
     tokens = max((e["key"]["tokens"] for e in entries), default=1)
     wanted = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
     entry = tuning.nearest(entries, wanted)
