@@ -9,7 +9,7 @@ measure, is decided by the best backend. What the tables do not hold is "not mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,8 @@ from . import losses
 from .losses import LIMITED_LOSS, SMALL_LOSS
 from .results import FAILED, SCOPE_TITLES, Store, break_even, most_threads, newest, published, speedups, variant
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not measured here"
+HOLDS, FAILS, OPEN, UNDECIDED = "holds", "does not hold", "not measured here", "not decided"
+"""The last two: nothing was measured that the claim is about; or something was, and it is no ground to decide on."""
 
 TABLES = ("linear", "vit", "accuracy", "conversion")  # what the claims are decided from
 
@@ -40,17 +41,24 @@ torchvision's 81.07 (ViT-B/16). One stopped earlier loses points to sparsity tha
 class Verdict:
     """What the tables say of a claim on one device.
 
-    ``number`` decides, ``ours`` tells of the best backend, ``others`` of both in the other precision classes.
+    ``number`` decides, ``ours`` tells of the best backend, ``others`` of both in the other precision classes. ``brief``
+    is what the README says of all that, in a dozen words.
     """
 
     verdict: str
     number: str = ""
     ours: str = ""
     others: str = ""
+    brief: str = ""
 
     def __str__(self) -> str:
-        parts = [f"**{self.verdict}**" if self.verdict != OPEN else self.verdict, self.number, self.ours, self.others]
+        parts = [emphasised(self.verdict), self.number, self.ours, self.others]
         return "; ".join(part for part in parts if part)
+
+
+def emphasised(verdict: str) -> str:
+    """A verdict as the tables show it: what was decided stands out."""
+    return f"**{verdict}**" if verdict in (HOLDS, FAILS) else verdict
 
 
 NOT_MEASURED = Verdict(OPEN)
@@ -59,7 +67,7 @@ VERDICT = [field.name for field in fields(Verdict)]
 
 @dataclass(frozen=True)
 class Evidence:
-    """One device's rows, as the claims read them.
+    """One device's rows, as the claims read them; accuracies are of every device, for none changes them.
 
     ``*_like`` compares PyTorch's BSR kernels as shipped, eager, with eager dense PyTorch; ``*_best`` every
     block-sparse variant with the fastest dense one of its group. ``lost`` is ``losses.points_lost``.
@@ -88,7 +96,7 @@ class Evidence:
             linear_best=best[0],
             vit_like=like[1],
             vit_best=best[1],
-            lost=losses.points_lost(store.read("accuracy", device=device)),
+            lost=losses.points_lost(store.read("accuracy")),
             conversion=conversion,
         )
 
@@ -212,6 +220,7 @@ def c2(e: Evidence) -> Verdict:
             f"{_x(rows['speedup'].max())}"
             for engines, rows in best.groupby("dense_variants")
         ),
+        brief=f"{_faster(like)} through PyTorch's kernels; {_faster(best)} through the best here",
     )
 
 
@@ -362,7 +371,14 @@ def c7(e: Evidence) -> Verdict:
         HOLDS if any(best["speedup_low"] > 1 for best in _top_by_scope(fp32)) else FAILS,
         _one_image(fp32),
         others="; ".join([*told, "this CPU stands in for a device's"]),
+        brief=f"{_one_image_in_brief(fp32)}; a server's CPU, for a device's",
     )
+
+
+def _one_image_in_brief(rows: pd.DataFrame) -> str:
+    tops = [f"{SCOPE_TITLES.get(top['scope'], top['scope'])} {_x(top['speedup'])}" for top in _top_by_scope(rows)]
+    seed = _where(rows, backend="torch")["speedup"]
+    return f"at 90% {', '.join(tops)}" + (f"; through PyTorch's kernels {_x(seed.max())}" if len(seed) else "")
 
 
 def _strongest_field(rows: pd.DataFrame) -> pd.DataFrame:
@@ -409,18 +425,20 @@ def c8(e: Evidence) -> Verdict:
         holds, text = found
         dense = cells["dense_top1"].iloc[0]
         if why := _does_not_decide(setting[0], dense):
-            beside.append(f"{losses.setting(*setting)}, dense {dense:.1f}%, {why} and does not decide: {text}")
+            beside.append(f"{losses.setting(*setting)}, {why} (dense {dense:.1f}%): {text}")
         else:
             verdicts.append(holds)
             decides.append(f"{losses.setting(*setting)}: {text}")
-    verdict = OPEN if not verdicts else HOLDS if all(verdicts) else FAILS
-    return Verdict(verdict, "; ".join(decides), "; ".join(beside))
+    if not verdicts and not beside:
+        return NOT_MEASURED
+    verdict = UNDECIDED if not verdicts else HOLDS if all(verdicts) else FAILS
+    return Verdict(verdict, "; ".join(decides), "; ".join(beside), brief="; ".join(decides or beside))
 
 
 def _does_not_decide(dataset: str, dense_top1: float) -> str:
     if dataset in TOO_EASY:
-        return "is too easy"
-    return "is not trained out" if dense_top1 < TRAINED_OUT.get(dataset, 0) else ""
+        return "too easy"
+    return "not trained out" if dense_top1 < TRAINED_OUT.get(dataset, 0) else ""
 
 
 def _settings(lost: pd.DataFrame) -> Iterable[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -434,10 +452,9 @@ def _c8(cells: pd.DataFrame) -> tuple[bool, str] | None:
     if any(part.empty for part in parts):
         return None
     worst = [round(part["lost"].max(), 2) for part in parts]  # a difference of 5 must not decide by its last bit
-    text = (
-        f"at most {worst[0]:.1f} points lost to 70%, {worst[1]:.1f} from 80% to below 90%, {worst[2]:.1f} from 90% "
-        f"({_seeds(cells)})"
-    )
+    above = cells[s >= 0.8].groupby("sparsity")["lost"].max()
+    told = ", ".join([f"{worst[0]:.1f} to 70%", *(f"{lost:.1f} at {sparsity:.0%}" for sparsity, lost in above.items())])
+    text = f"at most {told} points lost ({_seeds(cells)})"
     return worst[0] <= SMALL_LOSS and worst[1] <= LIMITED_LOSS and worst[2] > LIMITED_LOSS, text
 
 
@@ -466,7 +483,8 @@ def c9(e: Evidence) -> Verdict:
     measured = ", ".join(sorted({losses.TITLES.get(name, name) for name in best["dataset"]}))
     like, best = _deciding(like), _deciding(best)
     if best.empty:
-        return Verdict(OPEN, f"only {measured} has accuracy and speed here, which neither confirms nor refutes it")
+        text = f"only {measured} has accuracy and speed here, which neither confirms nor refutes it"
+        return Verdict(UNDECIDED, text, brief=text)
 
     def text(point: pd.Series) -> str:
         trained = losses.setting(point["dataset"], point["model"], point["recipe"])
@@ -479,7 +497,7 @@ def c9(e: Evidence) -> Verdict:
     decides, top = fastest(like), fastest(best)
     ours = "" if top is None else f"best here: {text(top)}"
     if like.empty:
-        return Verdict(OPEN, "", ours)
+        return Verdict(UNDECIDED, "", ours, brief=ours)
     if decides is None:
         return Verdict(FAILS, f"no model lost less than 2 points; the fewest lost are {like['lost'].min():.1f}", ours)
     if top is not None and text(top) == text(decides):
@@ -505,6 +523,8 @@ def c10(e: Evidence) -> Verdict:
         f"largest change of a logit of {_models(fold)} by folding {fold['value'].max():.3g}, by saving and loading "
         f"{load['value'].max():.3g}; {_models(convert)} converted in {convert['value'].median():.2f} s, loaded in "
         f"{read['value'].median():.2f} s",
+        brief=f"logits {'unchanged' if same else 'changed'}; {_models(convert)} converted in "
+        f"{convert['value'].median():.2f} s, loaded in {read['value'].median():.2f} s",
     )
 
 
@@ -521,10 +541,15 @@ def c11(e: Evidence) -> Verdict:
     best = head.loc[head["speedup"].idxmax()]
     return Verdict(
         FAILS,
-        f"the {HEAD} head converts in blocks of {', '.join(f'{b:.0f}' for b in sorted(head['block_size'].unique()))}: "
-        f"up to {_x(best['speedup'])} by {best['backend']} over {_field(best['dense_variants'])} (blocks of "
-        f"{best['block_size']:.0f}, {best['tokens']:.0f} tokens, {best['sparsity']:.0%})",
+        f"the {HEAD} head converts in blocks of {_sizes(head)}: up to {_x(best['speedup'])} by {best['backend']} over "
+        f"{_field(best['dense_variants'])} (blocks of {best['block_size']:.0f}, {best['tokens']:.0f} tokens, "
+        f"{best['sparsity']:.0%})",
+        brief=f"the head of 1000 classes converts in blocks of {_sizes(head)}, padded",
     )
+
+
+def _sizes(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{block:.0f}" for block in sorted(rows["block_size"].unique()))
 
 
 def _published(**equal: object) -> pd.DataFrame:
@@ -556,19 +581,29 @@ def devices(store: Store) -> list[str]:
 
 
 def decide(store: Store) -> pd.DataFrame:
-    """Every claim on every device: ``id, claim, device, verdict, number, ours, others``."""
+    """Every claim on every device: ``id, claim, device`` and the fields of ``Verdict``."""
     rows = []
     for device in devices(store):
         evidence = Evidence.of(store, device)
         for claim_id, (text, decide_one) in CLAIMS.items():
             found = decide_one(evidence)
-            rows.append((claim_id, text, device, found.verdict, found.number, found.ours, found.others))
+            rows.append((claim_id, text, device, *astuple(found)))
     return pd.DataFrame(rows, columns=["id", "claim", "device", *VERDICT])
 
 
-def readme(store: Store) -> str:
-    """What the pipeline writes into the README: the claims, and what they rest on."""
-    return f"{markdown(store)}\nWhat they rest on, by device and table:\n\n{coverage(store)}"
+def briefly(store: Store) -> str:
+    """The claims as a short Markdown table for the README, a row a claim: the verdict, and what it rests on."""
+    decided = decide(store)
+    lines = ["| | Claim of the post | Verdict | Measured |", "| --- | --- | --- | --- |"]
+    for claim_id, (text, _) in CLAIMS.items():
+        found = decided[(decided["id"] == claim_id) & (decided["verdict"] != OPEN)]
+        by_verdict = found.groupby("verdict", sort=False)["device"].agg(" and ".join)
+        verdicts = [emphasised(v) + (f" ({on})" if len(by_verdict) > 1 else "") for v, on in by_verdict.items()]
+        told = [row.brief or "; ".join(filter(None, (row.number, row.ours))) for row in found.itertuples()]
+        if len(set(told)) > 1:
+            told = [f"{device}: {one}" for device, one in zip(found["device"], told, strict=True)]
+        lines.append(f"| {claim_id} | {text} | {'; '.join(verdicts) or OPEN} | {'<br>'.join(dict.fromkeys(told))} |")
+    return "\n".join(lines) + "\n"
 
 
 def coverage(store: Store) -> str:

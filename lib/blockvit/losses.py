@@ -61,8 +61,11 @@ def of_recipe(rows: pd.DataFrame, changes: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def top1(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """The accuracies among the rows of the table ``accuracy``, the newest of each training; see ``with_variants``."""
-    return with_variants(newest(accuracy[accuracy["metric"] == "top1"]))
+    """The accuracies among the rows of the table ``accuracy``, the newest of each training; see ``with_variants``.
+
+    A training counts once, on however many devices it ran: none changes what it comes to, but for rounding.
+    """
+    return with_variants(newest(accuracy[accuracy["metric"] == "top1"], ignore=("device", "threads")))
 
 
 def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -71,7 +74,7 @@ def points_lost(accuracy: pd.DataFrame) -> pd.DataFrame:
     A variant that starts from a trained model, or trains for another time, is compared with a dense model that does so.
 
     Args:
-        accuracy: rows of the table of that name, of one device.
+        accuracy: rows of the table of that name.
 
     Returns:
         ``CELL``, and ``top1`` with the ``low`` and ``high`` of the seeds, their number ``seeds`` and ``seed_variance``

@@ -37,7 +37,7 @@ from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed
 
 DEFAULT_PROFILE = "laptop"
 CLAIMS = "06_claims"
-README_SECTIONS = ("claims", "scale")
+README_SECTIONS = ("speed", "claims", "scale")
 """Sections of the README that are generated when the claims are decided."""
 
 
@@ -454,7 +454,7 @@ def _publish(notebooks: Iterable[Notebook], build: Path, root: Path) -> None:
 
 def _readme_sections(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, Any]]]) -> dict[str, str]:
     """What the README tells of the tables, as Markdown, from those that the claims' notebook read."""
-    from . import claims, results
+    from . import claims, headline, results
     from .train import cost
 
     given = next(values for notebook, values in steps if notebook.name == CLAIMS)
@@ -463,7 +463,8 @@ def _readme_sections(root: Path, steps: Sequence[tuple[Notebook, Mapping[str, An
     else:
         folder = Path(os.environ.get("BLOCKVIT_RESULTS") or root / "data" / "results")
     store = results.Store(folder)
-    return dict(zip(README_SECTIONS, (claims.readme(store), cost.readme(store)), strict=True))
+    contents = headline.markdown(store), claims.briefly(store), cost.readme(store)
+    return dict(zip(README_SECTIONS, contents, strict=True))
 
 
 def refresh_readme(readme: Path, contents: Mapping[str, str]) -> None:

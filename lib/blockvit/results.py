@@ -58,6 +58,9 @@ _SAME = [column for column in KEYS if column not in ("torch", "triton")]  # what
 FAILED = "failed"
 """The metric of what was tried and could not be measured: it raised, or was not close to the dense result."""
 
+OF_ANY_DEVICE = ("accuracy", "training", "masks")
+"""Experiments that tell of what was trained: the device has no part in it, but for rounding."""
+
 STEP_SECONDS, IMAGES_PER_SECOND = "step_seconds", "images_per_second"
 """Metrics of a training step: forward, backward and optimiser."""
 

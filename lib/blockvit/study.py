@@ -74,10 +74,14 @@ class Study:
     def rows(self, experiment: str, **columns: Any) -> pd.DataFrame:
         """This device's rows of an experiment, narrowed to the given values of columns (a list: any of them).
 
-        Once this working copy has measured some of them, only its own: another machine may bear the same name. Of a CPU
+        Trainings are read from every device, each once: none changes what they come to, but for rounding. Once this
+        working copy has measured some of the rows, only its own: another machine may bear the same name. Of a CPU
         those of the most threads, unless ``threads`` is among the columns.
         """
-        rows = self.store.read(experiment, device=self.device_name)
+        if experiment in results.OF_ANY_DEVICE:
+            rows = results.newest(self.store.read(experiment), ignore=("device", "threads"))
+        else:
+            rows = self.store.read(experiment, device=self.device_name)
         for column, wanted in columns.items():
             rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
         if self.measures and (own := rows["run"] == self.store.run).any():

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from test_claims import CPU, vit
+
+from blockvit import headline
+from blockvit.results import Store
+
+XEON = {"device": "Other CPU (8 cores)", "threads": 8}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "results")
+
+
+def cells(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+
+
+def test_nothing_measured(store):
+    assert headline.markdown(store) == "No speed of a whole ViT-B/16 is in the tables yet.\n"
+
+
+def test_milliseconds_and_speedups_over_the_fastest_dense_engine(store):
+    dense = {"eager": 0.2, "openvino": 0.1}
+    store.append(vit(32, 0.9, 1, dense=dense, cpu=4.0, torch=0.5) + vit(64, 0.9, 1, dense=dense, scope="all", cpu=8.0))
+    store.append(vit(32, 0.9, 1, dense={"eager": 0.2}, cpu=50.0))  # beside one engine only: a weaker field
+    store.append(vit(32, 0.9, 1, dense={"eager": 0.4}, where=XEON, precision="bf16", cpu=2.0))
+    store.append(vit(16, 0.9, 1, dense=dense, cpu=9.0) + vit(32, 0.9, 8, dense=dense, cpu=9.0))  # none of the table's
+    head, _, eager, fastest, mlp, every = cells(headline.markdown(store))
+    assert head == ["One image", f"{CPU['device']}, fp32", f"{XEON['device']}, bf16", "points lost, published"]
+    assert eager == ["dense, eager PyTorch", "200 ms", "400 ms", ""]
+    assert fastest == ["dense, the fastest engine", "100 ms", "400 ms", ""]
+    assert mlp == ["MLP, 90% in blocks of 32", "50 ms (**2.00×**)", "200 ms (**2.00×**)", "2.3"]
+    assert every == ["all linear layers, 90% in blocks of 64", "25 ms (**4.00×**)", "", "none published"]
+
+
+def test_the_posts_batch_has_a_table_of_its_own(store):
+    store.append(vit(64, 0.8, 256, cpu=1.5) + vit(64, 0.9, 256, cpu=1.5) + vit(64, 0.9, 1, cpu=1.5))
+    one, many = headline.markdown(store).split("\n\n")
+    assert cells(one)[0][0] == "One image" and cells(many)[0][0] == "A batch of 256"
+    assert cells(many)[-1][0] == "MLP, 90% in blocks of 64" and cells(many)[-1][-1] == "19.0"
+
+
+def test_a_cpu_is_told_of_with_all_its_threads(store):
+    store.append(vit(64, 0.9, 1, cpu=9.0, where={**CPU, "threads": 1}) + vit(64, 0.9, 1, cpu=1.5))
+    assert "1.50×" in headline.markdown(store) and "9.00×" not in headline.markdown(store)
