@@ -183,3 +183,16 @@ def test_batch_line_names_the_best():
 def test_nothing_measured_says_nothing(empty):
     assert answers.batch_line(empty) == "" == answers.break_even_text(empty)
     assert answers.linear_summary(empty).empty and answers.model_summary(empty, {}).empty
+
+
+def test_trade_takes_what_is_surely_fastest_not_what_was_luckiest():
+    points = pd.DataFrame(
+        [(0.1, 1.43, 1.07, 1.68, 16.0), (0.3, 1.40, 1.35, 1.44, 32.0), (2.5, 1.90, 1.80, 2.00, 64.0)],
+        columns=["lost", "speedup", "speedup_low", "speedup_high", "block_size"],
+    ).assign(sparsity=0.9, backend="cpu")
+    text = answers.trade_text(points, 256)
+    assert "at batch 256 is 1.40× as fast" in text and "(spread 1.35× to 1.44×; `cpu`, blocks of 32, 90%)." in text
+    slow = points.assign(speedup=0.9, speedup_low=0.8)
+    assert answers.trade_text(slow, 1).endswith("no faster, its layers are too short to repay the gathering.")
+    assert answers.trade_text(points[2:], 1) == "No masked model whose speed was measured lost less than 2 points."
+    assert answers.trade_text(points[:0], 1) == ""

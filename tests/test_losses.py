@@ -155,3 +155,19 @@ def test_answer():
     assert ", which does not tell the two apart: one standard" in losses.answer(losses.reference(close), close)
     assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))
     assert losses.answer(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")
+
+
+def test_answer_tells_apart_what_began_with_the_trained_dense_model():
+    on = "cifar10 epochs=60 + epochs=6 start=dense"
+    ways = [
+        masked(90.5, recipe="cifar10 epochs=60 + epochs=6 method=magnitude start=dense"),
+        masked(91.0, recipe="cifar10 epochs=60 + distillation_alpha=0.5 epochs=6 method=magnitude start=dense"),
+    ]
+    lost = losses.points_lost(table(dense(90.0), dense(92.0, recipe=on), masked(87.0), *ways))
+    text = losses.answer(losses.reference(lost), lost)
+    assert "others" not in text, "trained for longer, they are not compared with the reference method"
+    assert (
+        "Masks put on the trained dense model lost 1.0 at 90% in blocks of 32, against that model trained on for "
+        in text
+    )
+    assert "for as long (92.0%), the best of 2 ways (distillation_alpha=0.5 epochs=6 method=magnitude); one " in text

@@ -220,3 +220,21 @@ def batch_line(speedups: pd.DataFrame) -> str:
     """The best speedup of each batch size and what reached it: ``0.81× (1, torch), 1.10× (16, torch_tuned)``."""
     best = speedups.sort_values("speedup").drop_duplicates("batch_size", keep="last").sort_values("batch_size")
     return ", ".join(f"{row.speedup:.2f}× ({row.batch_size:.0f}, {row.backend})" for row in best.itertuples())
+
+
+def trade_text(points: pd.DataFrame, batch_size: int, most: float = 2.0) -> str:
+    """The speed to be had for less than ``most`` points, of ``points`` with ``lost`` and a speedup with its spread.
+
+    The one that is surely fastest: the highest low end of the spread, for the highest median is the luckiest one.
+    """
+    cheap = points[points["lost"] < most]
+    if cheap.empty:
+        return f"No masked model whose speed was measured lost less than {most:g} points." if len(points) else ""
+    top = cheap.loc[cheap["speedup_low"].idxmax()]
+    spread = f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×"
+    told = (
+        f"With less than {most:g} points lost, this model at batch {batch_size} is {top['speedup']:.2f}× as fast as "
+        f"eager dense PyTorch (spread {spread}; `{top['backend']}`, blocks of {top['block_size']:.0f}, "
+        f"{top['sparsity']:.0%})"
+    )
+    return f"{told}: no faster, its layers are too short to repay the gathering." if top["speedup"] <= 1 else f"{told}."

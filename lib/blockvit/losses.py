@@ -34,6 +34,9 @@ FROZEN = "train_scores=False"
 OF_DENSE_TOO = ("epochs", "start")
 """What of a variant its dense model has as well: to be trained for as long, from the same start."""
 
+STARTED = "start=dense"
+"""What a variant says that begins with the trained dense model."""
+
 MODEL = ["dataset", "model", "recipe"]
 CELL = [*MODEL, "scope", "variant", "block_size", "sparsity"]
 
@@ -176,7 +179,8 @@ def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
             for row in beside.itertuples()
         ]
         text += f" For scale, beside the published losses on ImageNet: {', '.join(cells)}."
-    others, base = compared[compared["variant"] != ""], reference(compared)
+    tuned = compared["variant"].str.contains(STARTED)
+    others, base = compared[(compared["variant"] != "") & ~tuned], reference(compared)
     if len(others) and len(base):
         best, learnt = others.loc[others["lost"].idxmin()], base.iloc[0]
         who = "the other" if len(others) == 1 else f"the best of {len(others)} others"
@@ -186,7 +190,23 @@ def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
             f"({best['variant']}){_apart(*difference(best, learnt))}."
         )
         text += learning_text(learnt, others[others["variant"] == FROZEN])
-    return text
+    return text + _tuned_text(compared[tuned])
+
+
+def _tuned_text(tuned: pd.DataFrame) -> str:
+    """What was lost by masks put on a trained dense model, of ``points_lost``; empty without any."""
+    if tuned.empty:
+        return ""
+    best = tuned.loc[tuned["lost"].idxmin()]
+    how = " ".join(pair for pair in best["variant"].split() if pair != STARTED)
+    error = uncertainty(tuned.loc[[best.name]]).iloc[0]
+    return (
+        f" Masks put on the trained dense model {_change(best['lost'])} at {best['sparsity']:.0%} in blocks of "
+        f"{best['block_size']:.0f}, against that model trained on for as long ({best['dense_top1']:.1f}%)"
+        + (f", the best of {len(tuned)} ways" if len(tuned) > 1 else "")
+        + (f" ({how})" if how else "")
+        + (f"; one standard error is {error:.1f} points." if error == error else ".")
+    )
 
 
 def _change(lost: float) -> str:
