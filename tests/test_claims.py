@@ -521,7 +521,7 @@ def test_c8(store, losses, expected):
     found = verdict("C8", store, trainings({(8, s): lost for s, lost in losses.items()}, dataset="cifar10"))
     assert found.verdict == expected
     worst = max(lost for s, lost in losses.items() if s <= 0.7)
-    assert f"CIFAR-10, vit_digits: at most {worst:.1f} to 70%, " in found.number
+    assert f"CIFAR-10, vit_digits: at most {worst:.1f} points lost to 70%, " in found.number
 
 
 def test_c8_takes_the_worst_block_size_and_the_mean_of_the_seeds(store):
@@ -564,7 +564,7 @@ def test_c8_is_not_decided_by_a_model_that_was_stopped_early(store):
     short = trainings(BAD, dataset="cifar10", recipe="cifar10 epochs=6", dense=60.0)
     found = verdict("C8", store, short)
     assert found.verdict == UNDECIDED
-    assert "6 epochs, not trained out (dense 60.0%): at most 9.0 to 70%" in found.ours
+    assert "6 epochs, not trained out (dense 60.0%): at most 9.0 points lost to 70%" in found.ours
     both = verdict("C8", store, trainings(GOOD, dataset="cifar10"))
     assert both.verdict == HOLDS and "not trained out" in both.ours
 
@@ -575,7 +575,7 @@ def test_c8_compares_within_one_recipe(store):
     long = trainings(GOOD, dataset="cifar10", recipe="cifar10", dense=99.0)
     found = verdict("C8", store, short + long)
     assert found.verdict == HOLDS
-    assert found.number.count("at most 0.5 to 70%") == 2
+    assert found.number.count("at most 0.5 points lost to 70%") == 2
 
 
 def test_c8_does_not_ask_which_device_trained(store):

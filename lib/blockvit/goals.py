@@ -92,7 +92,7 @@ def on_cpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> li
     for block in (16, 32, 64):
         for tokens in (197, 1576):
             cell = {"tokens": tokens, "block_size": block}
-            edges = _break_evens(_ours(fastest, ("cpu",), **cell))
+            edges = _break_evens(_ours(fastest, ("cpu",), **cell), log=True)  # as notebook 7's logarithmic axis has it
             what = f"break-even sparsity, {tokens} tokens, blocks of {block}"
             goals.append(Goal(what, "the fastest dense engine", 0.2, _highest(edges), lower=True, percent=True))
     whole = speedups(vit[(vit["model"] == "vit_b_16") & (vit["precision"] == "fp32")])
@@ -157,6 +157,13 @@ def on_gpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> li
     return goals
 
 
+def text(goals: list[Goal]) -> str:
+    """How many of the goals that were measured were reached, as a sentence."""
+    measured = [goal for goal in goals if goal.met is not None]
+    left = f"; {len(goals) - len(measured)} were not measured" if len(measured) < len(goals) else ""
+    return f"{sum(goal.met for goal in measured)} of {len(measured)} goals were reached{left}."
+
+
 def missed(goals: list[Goal]) -> Iterator[str]:
     """A Markdown line for each goal that was measured and not reached: by how much."""
     for goal in goals:
@@ -195,10 +202,11 @@ def _fastest_of_each(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("speedup").drop_duplicates(["block_size", "sparsity"], keep="last").assign(backend="ours")
 
 
-def _break_evens(rows: pd.DataFrame) -> list[float]:
+def _break_evens(rows: pd.DataFrame, *, log: bool = False) -> list[float]:
     """Break-even sparsity of each line; 1 for a line that is never faster. Lines of one point tell nothing."""
     by = ["model", "backend", "block_size"]
-    edges = [break_even(list(line["sparsity"]), list(line["speedup"])) for _, line in rows.groupby(by) if len(line) > 1]
+    lines = [line for _, line in rows.groupby(by) if len(line) > 1]
+    edges = [break_even(list(line["sparsity"]), list(line["speedup"]), log=log) for line in lines]
     return [1.0 if edge is None else edge for edge in edges]
 
 
