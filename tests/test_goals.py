@@ -137,3 +137,11 @@ def test_a_kernel_that_is_slower_in_one_cell_misses_every_layer(gpu):
     place = linear[linear["backend"] == "torchao"].index[7]
     linear.loc[place, "value"] = 1e-9
     assert found(goals.on_gpu(linear, gpu["vit"], gpu["ceiling"]), "every linear layer", "torchao").met is False
+
+
+def test_how_many_were_reached():
+    def goal(measured):
+        return goals.Goal("case", "against", 2.0, measured)
+
+    assert goals.text([goal(2.5), goal(1.5), goal(None)]) == "1 of 2 goals were reached; 1 were not measured."
+    assert goals.text([goal(2.0)]) == "1 of 1 goals were reached."
