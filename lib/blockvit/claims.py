@@ -453,8 +453,8 @@ def _c8(cells: pd.DataFrame) -> tuple[bool, str] | None:
         return None
     worst = [round(part["lost"].max(), 2) for part in parts]  # a difference of 5 must not decide by its last bit
     above = cells[s >= 0.8].groupby("sparsity")["lost"].max()
-    told = ", ".join([f"{worst[0]:.1f} points lost to 70%", *(f"{lost:.1f} at {sparsity:.0%}" for sparsity, lost in above.items())])
-    text = f"at most {told} ({_seeds(cells)})"
+    told = ", ".join(f"{lost:.1f} at {sparsity:.0%}" for sparsity, lost in above.items())
+    text = f"at most {worst[0]:.1f} points lost to 70%, {told} ({_seeds(cells)})"
     return worst[0] <= SMALL_LOSS and worst[1] <= LIMITED_LOSS and worst[2] > LIMITED_LOSS, text
 
 
