@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = one.add_argument_group("what to train")
-    what.add_argument("--dataset", required=True, choices=data.NAMES, help="which pictures")
-    what.add_argument("--data", metavar="DIR", help="their folder: train/ and val/, each with a folder for every class")
+    what.add_argument("--dataset", required=True, choices=data.NAMES, help="data set to train on")
+    what.add_argument("--data", metavar="DIR", help="its folder: train/ and val/, each with a folder for every class")
     what.add_argument("--model", required=True, metavar="NAME", help=", ".join(models.names()))
     what.add_argument(
         "--weights", metavar="FILE|NAME", help="begin with these, dense: a state dict, or torchvision's IMAGENET1K_V1; "

@@ -31,29 +31,30 @@ class Recipe:
         batch_size: pictures in a step, of all processes and accumulated passes together: what ``lr`` belongs to. The
             last, smaller batch of an epoch is left out.
         lr: peak learning rate of AdamW.
-        weight_decay: of weights, and of each group below whose own decay is ``None``.
-        norm_weight_decay: of normalisation layers.
-        bias_weight_decay: of biases.
-        transformer_embedding_decay: of the class token and the position embedding.
-        scores_weight_decay: of supermask scores.
+        weight_decay: decay of weights, and of each group below that has none of its own (``None``).
+        norm_weight_decay: decay of normalisation layers.
+        bias_weight_decay: decay of biases.
+        transformer_embedding_decay: decay of the class token and the position embedding.
+        scores_weight_decay: decay of supermask scores.
         scores_lr: peak learning rate of supermask scores; ``None``: ``lr``.
         lr_warmup_epochs: linear warm-up from ``lr_warmup_decay * lr``; then a cosine down to ``lr_min``.
         lr_warmup_decay: fraction of ``lr`` to start from.
         lr_min: learning rate at the end.
-        label_smoothing: in [0, 1).
+        label_smoothing: probability spread evenly over all classes, in [0, 1).
         mixup_alpha: 0 for no mixup; with cutmix too, each group of pictures (``batches.MIX_GROUP``) takes one of them
             by chance.
         cutmix_alpha: 0 for no cutmix.
         auto_augment: ``"ra"`` for RandAugment, or ``None``.
-        ra_magnitude: of RandAugment, 0 to 30.
+        ra_magnitude: strength of RandAugment, 0 to 30.
         ra_sampler: repeated augmentation (Hoffer et al., arXiv:1901.09335): a batch holds ``ra_reps`` differently
             augmented copies of each of its pictures, and an epoch, no longer, only so many fewer pictures.
-        ra_reps: copies of a picture, for ``ra_sampler``.
-        hflip: mirror every other picture.
-        random_crop_padding: shift small pictures (``ImageTensors``) by up to so many pixels; large ones
+        ra_reps: copies of an image, for ``ra_sampler``.
+        hflip: mirror every other image.
+        random_crop_padding: shift small images (``ImageTensors``) by up to so many pixels; large ones
             (``ImageFiles``) are cropped by ``RandomResizedCrop`` instead.
-        train_crop_size: edge length of pictures from files in training; ``None``: the data set's ``image_size``.
-        val_resize_size: their shorter side in evaluation; ``None``: 256 / 224 of ``val_crop_size``.
+        train_crop_size: edge length of images from files in training; ``None``: the data set's ``image_size``.
+        val_resize_size: shorter side that images from files are resized to in evaluation; ``None``: 256 / 224 of
+            ``val_crop_size``.
         val_crop_size: edge length of the central crop out of that; ``None``: the data set's ``image_size``.
         clip_grad_norm: largest norm of the gradient; ``None``: no limit.
         model_ema: keep an exponential moving average of the weights; it is what is evaluated and returned.
@@ -72,7 +73,7 @@ class Recipe:
         distillation_alpha: weight in [0, 1] of the teacher's answers beside the labels, which have the rest; 0: no
             teacher. Soft distillation (Hinton et al., arXiv:1503.02531), named as in DeiT.
         distillation_tau: temperature of both models' logits there.
-        seed: of all randomness in training; the initial weights are the caller's.
+        seed: seed of all randomness in training; the initial weights are the caller's.
 
     Raises:
         ValueError: a value outside its range.
