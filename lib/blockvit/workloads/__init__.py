@@ -7,6 +7,7 @@ its time is taken.
 
 from .conversion import ConversionCase
 from .device import CeilingCase, TuningCase, tuning_cases
+from .grid import ModelGrid
 from .layers import VIT_B_16_SHAPES, VIT_B_16_TOKENS, LinearCase, linear_cases
 from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
@@ -27,6 +28,7 @@ __all__ = [
     "LinearCase",
     "MLPCase",
     "ModelCase",
+    "ModelGrid",
     "TrainingStepCase",
     "TuningCase",
     "Variant",
