@@ -33,9 +33,9 @@ TOP1 = accuracies(
 
 def test_accuracy_is_told_of_the_best_and_the_worst_blocks():
     assert answers.accuracy_text(TOP1, "digits", "vit") == (
-        "Yes, on digits: the dense vit reached 97.5% (mean of 2 seeds, lowest 97.0%); with 90% of the blocks gone "
-        "accuracy was 97.5% in blocks of 16×16 and 95.5% in blocks of 8×8. The lowest of all trainings is 95.0%, in "
-        "blocks of 8×8 at 90%."
+        "Yes, on digits: the dense vit reached 97.5% (mean of 2 seeds, lowest 97.0%); with 90% of the masked "
+        "layers' blocks gone accuracy was 97.5% in blocks of 16×16 and 95.5% in blocks of 8×8. The lowest of "
+        "all trainings is 95.0%, in blocks of 8×8 at 90%."
     )
     assert answers.accuracy_text(TOP1[:1], "digits", "vit") == (
         "On digits, the dense vit reached 98.0% (mean of 1 seed, lowest 98.0%); no masked model is trained to 90% yet."
@@ -87,10 +87,10 @@ def test_steps_are_told_at_both_ends():
 def test_training_is_told_as_far_as_it_went():
     steps = overheads("tokens", supermask=(0.02, 0.3))
     told = answers.training(TOP1[:2], "Masks.", steps, dataset="digits", model="vit", step_model="m")
-    assert told.startswith("On digits, the dense vit") and ". Masks. A masked training step of m" in told
-    assert told.endswith(f"allows). {answers.NO_THIRD_SPLIT}")
+    assert told.startswith("- On digits, the dense vit") and ".\n- Masks.\n- A masked training step of m" in told
+    assert told.endswith(f"allows).\n- {answers.NO_THIRD_SPLIT}")
     told = answers.training(TOP1[:2], "", steps[:0], dataset="cifar10", model="vit", step_model="m")
-    assert told.startswith("On CIFAR-10, the dense vit reached 97.5% (mean of 2 seeds, lowest 97.0%); no masked")
+    assert told.startswith("- On CIFAR-10, the dense vit reached 97.5% (mean of 2 seeds, lowest 97.0%); no masked")
 
 
 def test_break_even_by_block_size():

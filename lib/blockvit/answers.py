@@ -24,7 +24,7 @@ NO_THIRD_SPLIT = (
 def training(
     top1: pd.DataFrame, masks: str, overheads: pd.DataFrame, *, dataset: str, model: str, step_model: str
 ) -> str:
-    """What training showed: accuracy, masks, and what a step costs.
+    """What training showed, as a Markdown list: accuracy, masks, and what a step costs.
 
     Args:
         top1: accuracies in percent of the dense and the masked models, as ``losses.top1`` gives them.
@@ -35,7 +35,7 @@ def training(
         step_model: whose steps were timed.
     """
     told = [accuracy_text(top1, TITLES.get(dataset, dataset), model), masks, step_text(overheads, step_model)]
-    return " ".join(part for part in [*told, NO_THIRD_SPLIT if dataset == "digits" else ""] if part)
+    return "\n".join(f"- {part}" for part in [*told, NO_THIRD_SPLIT if dataset == "digits" else ""] if part)
 
 
 def accuracy_text(top1: pd.DataFrame, dataset: str, model: str, sparsity: float = AT) -> str:
@@ -54,11 +54,11 @@ def accuracy_text(top1: pd.DataFrame, dataset: str, model: str, sparsity: float 
     learns = "Yes" if dense.mean() - left.min() <= LIMITED_LOSS else "In part"
     best, worst = (f"{int(block)}×{int(block)}" for block in (left.idxmax(), left.idxmin()))
     lowest = masked.loc[masked["value"].idxmin()]
+    block = f"{lowest['block_size']:.0f}×{lowest['block_size']:.0f}"
     return (
-        f"{learns}, on {dataset}: {told}; with {sparsity:.0%} of the blocks gone accuracy was {left.max():.1f}% in "
-        f"blocks of {best} and {left.min():.1f}% in blocks of {worst}. The lowest of all trainings is "
-        f"{lowest['value']:.1f}%, in blocks of {lowest['block_size']:.0f}×{lowest['block_size']:.0f} at "
-        f"{lowest['sparsity']:.0%}."
+        f"{learns}, on {dataset}: {told}; with {sparsity:.0%} of the masked layers' blocks gone accuracy was "
+        f"{left.max():.1f}% in blocks of {best} and {left.min():.1f}% in blocks of {worst}. The lowest of all "
+        f"trainings is {lowest['value']:.1f}%, in blocks of {block} at {lowest['sparsity']:.0%}."
     )
 
 
