@@ -921,6 +921,24 @@ def test_bad_block_size(block_size, error):
 
 
 @pytest.mark.parametrize("keyword", ["targets", "skip"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, r"is 3; expected a name, a list of names, or a function of name and module"),
+        (nn.Linear(2, 2), r"is Linear\(.*; expected a name"),
+        (
+            [lambda name, module: True],
+            r"holds <function .*; expected names of layers only: .*pass that function",
+        ),
+        (["mlp", 0], r"holds 0; expected names"),
+    ],
+)
+def test_targets_of_the_wrong_type(keyword, given, message):
+    with pytest.raises(TypeError, match=f"{keyword} {message}"):
+        sparsify(small_transformer(), 0.5, 4, **{"targets": "mlp", keyword: given})
+
+
+@pytest.mark.parametrize("keyword", ["targets", "skip"])
 def test_a_name_that_matches_nothing_lists_the_layers(keyword):
     with pytest.raises(ValueError, match=keyword) as error:
         sparsify(model := small_transformer(), 0.5, 4, **{"targets": "mlp", keyword: "mpl"})
