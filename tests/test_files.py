@@ -164,6 +164,77 @@ def test_writers_of_one_file_do_not_mix(tmp_path):
     assert path.read_bytes() == b"1" * 10  # the last to end
 
 
+HOLDER = """
+import sys
+from blockvit import files
+with files.locked({path!r}, shared={shared}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_elsewhere(path: Path, *, shared: bool = False):
+    """``path``, locked by another process."""
+    command = [sys.executable, "-c", HOLDER.format(path=str(path), shared=shared)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_lock_keeps_others_out_until_the_block_ends(tmp_path, what):
+    path = tmp_path / "a" if what == "file" else tmp_path
+    with held_elsewhere(path), pytest.raises(BlockingIOError), files.locked(path, wait=False):
+        pass
+    with files.locked(path, wait=False) as file:
+        assert (file is None) == (what == "folder")
+    with pytest.raises(ValueError), files.locked(path):
+        raise ValueError
+    with files.locked(path, wait=False):
+        pass
+
+
+def test_readers_share_a_lock_and_writers_do_not(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with held_elsewhere(path, shared=True):
+        with files.locked(path, shared=True, wait=False) as file:
+            assert file.read() == b"old"
+        with pytest.raises(BlockingIOError), files.locked(path, wait=False):
+            pass
+    with files.locked(path) as file:
+        file.write(b" and new")
+        file.seek(0)
+        assert file.read() == b"old and new"
+    with pytest.raises(FileNotFoundError), files.locked(tmp_path / "b", shared=True):
+        pass
+
+
+WITHOUT_LOCKS = """
+import sys
+sys.modules["fcntl"] = None  # which makes its import fail, as on Windows
+import blockvit.kernels.build, blockvit.pipeline
+from blockvit import files, results
+from blockvit.kernels import tuning
+store = results.Store({root!r})
+store.append([{{"experiment": "linear", "device": "a CPU", "metric": "latency", "value": 1.5}}])
+assert store.read("linear")["value"].tolist() == [1.5]
+tuning.store("a GPU", "triton", {{}}, {{}}, ms=1.0, seconds=1.0)
+assert tuning.load("a GPU")["triton"][0]["ms"] == 1.0
+with files.locked({root!r}), files.locked({root!r} + "/a", wait=False):
+    pass
+"""
+
+
+def test_where_there_are_no_locks_everything_else_goes_on(tmp_path):
+    environment = os.environ | {"BLOCKVIT_TUNED": str(tmp_path / "tuned")}
+    script = WITHOUT_LOCKS.format(root=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_devices_name_becomes_a_file_name():
     assert files.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert files.slug("AMD EPYC (4 cores)") == "amd-epyc-4-cores"

@@ -7,13 +7,14 @@ run that resumes, sees the old content or the new, whatever happened in between:
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,38 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, shared: bool = False, wait: bool = True) -> Iterator[io.FileIO | None]:
+    """Hold a file or a folder against every other process that asks for it here; gives the file, open and unbuffered.
+
+    The system lets go of it when the block or the process ends, however it ends. Where a system has no such locks
+    (Windows) nothing is held, and what is done within is as safe as it is by itself.
+
+    Args:
+        path: a folder; or a file, which is made if there is none, open to be read and appended to.
+        shared: hold it beside others who only read; the file, which must be there, is open to be read.
+        wait: until nobody else holds it.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and ``wait`` is False.
+        OSError: the file cannot be opened, or its disk has no locks, as some network disks.
+    """
+    path = Path(path)
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    with ExitStack() as held:
+        file = None if path.is_dir() else held.enter_context(path.open("rb" if shared else "a+b", buffering=0))
+        if fcntl is not None:
+            descriptor = os.open(path, os.O_RDONLY) if file is None else file.fileno()
+            if file is None:
+                held.callback(os.close, descriptor)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        yield file
 
 
 def slug(device: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import os
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .files import slug
+from .files import locked, slug
 
 KEYS = [
     "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
@@ -223,8 +222,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writerows([_text(row.get(column)) for column in COLUMNS] for row in rows)
     header = ",".join(COLUMNS) + "\n"
     while True:
-        with path.open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(path) as file:
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # set aside by another process between open and lock
             end = file.seek(0, os.SEEK_END)
@@ -265,9 +263,8 @@ def _set_aside(path: Path) -> None:
 
 
 def _read(path: Path) -> pd.DataFrame | None:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a cut may go through a character
-        fcntl.flock(file, fcntl.LOCK_SH)
-        lines = file.read().splitlines()
+    with locked(path, shared=True) as file:
+        lines = file.read().decode(errors="replace").splitlines()  # a cut may go through a character
     if not lines:
         return None  # just made, or emptied again because the disk was full
     # Line by line: the open quote of a row cut short must not swallow the rows behind it.

@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from .. import files
 
 SOURCES = Path(__file__).parent / "csrc"
 TIMEOUT = 300
@@ -134,21 +135,14 @@ def build(library: Library) -> Path:
     if not os.access(folder, os.W_OK):
         folder = Path(tempfile.mkdtemp(prefix="blockvit-kernels-"))  # for this process alone
     target = folder / library.name
-    with _locked(target.with_suffix(".lock")):
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(
+            OSError
+        ):  # no locks, on some network disks: both compile, and the last to finish is kept
+            held.enter_context(files.locked(target.with_suffix(".lock")))
         if not target.is_file():
             _compile(library, target)
     return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock. Where there are none (some network disks) both compile, and the last to finish is kept."""
-    with path.open("w") as file:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def find_compiler() -> list[str]:

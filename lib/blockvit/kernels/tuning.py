@@ -13,7 +13,6 @@ What a key and its parameters hold is the backend's own business; which entry fi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -191,15 +190,11 @@ def store(
     file = path(device_name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(file.parent):
             backends = dict(load(device_name))
             others = [other for other in backends.get(backend, []) if other["key"] != entry["key"]]
             backends[backend] = [*others, entry]
             files.write(file, _text(device_name, backends))
-        finally:
-            os.close(lock)  # which releases the lock
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; set $BLOCKVIT_TUNED to a folder that can be written", str(file)
