@@ -44,6 +44,22 @@ def test_content_is_written_and_replaced_and_folders_are_made(tmp_path):
     assert names(path.parent) == ["a.txt"]
 
 
+@pytest.mark.parametrize("target", ["there", "not yet there"])
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path, target):
+    path, link, second = tmp_path / "disk" / "a.txt", tmp_path / "a.txt", tmp_path / "b.txt"
+    path.parent.mkdir()
+    if target == "there":
+        path.write_text("old")
+        path.chmod(0o640)
+    link.symlink_to("disk/a.txt")
+    second.symlink_to(link)
+    files.write(second, "new")
+    assert link.is_symlink() and second.is_symlink() and not path.is_symlink()
+    assert path.read_text() == link.read_text() == "new"
+    assert target != "there" or path.stat().st_mode & 0o777 == 0o640
+    assert names(path.parent) == ["a.txt"]
+
+
 def test_the_name_is_taken_only_when_everything_is_on_the_disk(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write(path, "old")

@@ -46,7 +46,8 @@ def save_atomically(state: Any, path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Iterator[BinaryIO]:
     """A file to write into, which takes the name ``path`` when the block ends without an exception.
 
-    Folders on the way are made. A file that was there keeps its permissions; a new one has those of any new file.
+    Folders on the way are made. A file that was there keeps its permissions; a new one has those of any new file. A
+    link stays one: what it points to is replaced.
 
     Args:
         path: where the file goes.
@@ -57,6 +58,8 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
             message says what was needed, what is free, and what to do; ``path`` is as it was.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # mkstemp's only their owner could read
     written, free = 0, None
     try:
