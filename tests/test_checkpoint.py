@@ -229,6 +229,8 @@ def test_missing_file(tmp_path):
             FileNotFoundError, match=r"nothing\.safetensors does not exist; write it with blockvit\.save"
         ):
             function(tmp_path / "nothing.safetensors")
+        with pytest.raises(IsADirectoryError, match=r"is a folder, not a file; write it with blockvit\.save"):
+            function(tmp_path)
 
 
 @pytest.mark.parametrize("fraction", [0, 0.001, 0.5, 0.999])

@@ -193,6 +193,8 @@ def test_checkpoints_that_are_no_superblock(tmp_path):
     arguments = {"sparsity": 0.8, "block_size": BLOCK}
     with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist; expected a checkpoint"):
         load_superblock(tmp_path / "none.pth", vit(), **arguments)
+    with pytest.raises(IsADirectoryError, match=r"is a folder, not a file; expected a checkpoint"):
+        load_superblock(tmp_path, vit(), **arguments)
     with pytest.raises(ValueError, match=r"holds no '\.scores': it is no SuperBlock checkpoint"):
         load_superblock(write({"model": vit().state_dict()}, tmp_path), vit(), **arguments)
     for content, kind in ((torch.zeros(3), "Tensor"), ([1, 2], "list"), ({"model": 3}, "int")):

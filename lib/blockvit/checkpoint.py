@@ -146,8 +146,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; write it with blockvit.save(model, path)")
+    files.check_file(path, "write it with blockvit.save(model, path)")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("blockvit")
@@ -188,6 +187,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
             ``model``, which is then as it was; or ``model`` is needed and missing.
         BackendUnavailableError: the backend asked for cannot run here.

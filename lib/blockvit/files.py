@@ -21,6 +21,11 @@ from typing import Any, BinaryIO
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether something was not written for want of room: a full disk, a quota, a limit on the size of files."""
+    return error.errno in _NO_ROOM
+
+
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Replace ``path`` by a file of ``content``; text as UTF-8. See ``replacing``."""
     data = content.encode() if isinstance(content, str) else content
@@ -116,6 +121,14 @@ def locked(path: str | os.PathLike[str], *, shared: bool = False, wait: bool = T
         yield file
 
 
+def check_file(path: Path, remedy: str) -> None:
+    """Raise ``FileNotFoundError`` or ``IsADirectoryError``, with what to do, if ``path`` is no file to be read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file; {remedy}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+
+
 def slug(device: str) -> str:
     """A device's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -124,7 +137,7 @@ def slug(device: str) -> str:
 def _message(path: Path, error: OSError, size: int | None, written: int, free: int | None) -> str:
     kept = "what was there before is unchanged" if path.exists() else "nothing of it was left behind"
     what = f"{error.strerror}: {path} was not written, {kept}"
-    if error.errno not in _NO_ROOM:
+    if not is_full(error):
         return f"{what}; name a file in a folder that can be written"
     needed = f"{size:,} bytes" if size is not None else f"more than the {written:,} bytes that were taken"
     return (

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .files import locked, slug
+from .files import is_full, locked, slug
 
 KEYS = [
     "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
@@ -205,15 +205,18 @@ def _writable(root: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise PermissionError(
-            f"cannot write results to {root} ({error.strerror}); make it writable, or name another folder "
-            "with the results_dir parameter or $BLOCKVIT_RESULTS"
+            f"cannot write results to {root} ({error.strerror}); make it writable, or {_ANOTHER_FOLDER}"
         ) from error
     except OSError as error:
+        remedy = "free some space" if is_full(error) else _ANOTHER_FOLDER
         raise OSError(
             error.errno,
             f"results were not written to {root} ({error.strerror}); rows written before are intact: "
-            "free some space and run again, what is missing will be measured",
+            f"{remedy} and run again, what is missing will be measured",
         ) from error
+
+
+_ANOTHER_FOLDER = "name another folder with the results_dir parameter or $BLOCKVIT_RESULTS"
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
