@@ -164,7 +164,13 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(
             f"{path} has format {metadata['format']}; this version reads format {FORMAT}: convert the model again"
         )
+    if missing := [name for name in _ENTRIES if name not in metadata]:
+        raise ValueError(f"{path} has damaged metadata: it holds no {missing}; save or copy it again")
     return metadata, tensors
+
+
+_ENTRIES = ("model", "architecture", "attention", "source_sha256", "layers", "identities")
+"""What the metadata of every file of this format holds."""
 
 
 def load(

@@ -58,13 +58,18 @@ def read_superblock(checkpoint: str | os.PathLike | Mapping[str, Any]) -> dict[s
         raise ValueError(
             f"the checkpoint holds a {type(state).__name__}; expected a state dict, or one under the key 'model'"
         )
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     masked = masked_layers(state)
     if not masked:
         raise ValueError("the checkpoint holds no '.scores': it is no SuperBlock checkpoint; load it as a dense model")
     for name in masked:
         if f"{name}.weight" not in state:
             raise ValueError(f"the checkpoint holds {name}.scores but no {name}.weight; it is damaged: fetch it again")
+    if others := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(
+            f"the checkpoint holds {others[0]}, a {type(state[others[0]]).__name__}; expected a state dict, which "
+            "holds tensors only: take out what is none"
+        )
     return state
 
 
