@@ -20,13 +20,6 @@ from ..linear import BlockSparseLinear
 from .modes import dense_call, runnable_modes
 from .variants import Variant, latency_key, measure_group, runnable
 
-VIT_B_16_TOKENS = 197
-"""Tokens of one 224x224 image in ViT-B/16: 196 patches and the class token."""
-
-
-VIT_B_16_SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072), (1000, 768))
-"""``(out, in)`` of ViT-B/16's linear layers: out_proj, qkv, mlp.0, mlp.3, head."""
-
 
 @dataclass(frozen=True)
 class LinearCase:
