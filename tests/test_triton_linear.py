@@ -576,7 +576,7 @@ def test_parameters_of_far_more_or_fewer_tokens_are_not_taken_over():
     like = (32, torch.bfloat16, 230, "ieee")
 
     def find(tokens):
-        return parameters.linear(tuning.stored(), CPU, tokens, 3072, 768, *like, 2, 230)["BLOCK_M"]
+        return parameters.linear(CPU, tokens, 3072, 768, *like, 2, 230)["BLOCK_M"]
 
     for tokens in (1000, 50432):
         key = tuning.key(3072, 768, tokens, *like)
@@ -595,7 +595,7 @@ def test_parameters_of_the_nearest_that_was_tuned_with_the_same_group():
 
     def find(tokens=50432, group=2, dtype=torch.bfloat16, precision="ieee"):
         like = (3072, 768, 32, dtype, 230, precision)
-        return parameters.linear(tuning.stored(), CPU, tokens, *like, group, 230)["BLOCK_M"]
+        return parameters.linear(CPU, tokens, *like, group, 230)["BLOCK_M"]
 
     def groups(dtype=torch.bfloat16):
         return parameters.group(CPU, 3072, 768, 32, dtype, 230)

@@ -112,7 +112,7 @@ def test_what_is_found_is_what_the_layer_looks_up(store):
         weight = (*matrix.padded_shape, case.block_size, case.dtype, matrix.nnz)
         assert parameters.group(CPU, *weight) == 2
         entries = packing.pack(matrix, 2).values.shape[0]
-        used = parameters.linear(tuning.stored(), CPU, 50, *weight, "ieee", 2, entries)
+        used = parameters.linear(CPU, 50, *weight, "ieee", 2, entries)
         assert {"GROUP": 2, **used} == found
         key = tuning.key(*matrix.padded_shape, len(x), case.block_size, case.dtype, matrix.nnz, "ieee")
         assert tune.triton_key(case) == key

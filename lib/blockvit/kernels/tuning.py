@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 
 from .. import files
 from ..machine import versions
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Entry(TypedDict):
@@ -50,12 +52,17 @@ class TuningFileError(ValueError):
     """A file of tuned parameters that cannot be read as one."""
 
 
-_stored = 0
+_remembered: list[Callable[..., Any]] = []
 
 
-def stored() -> int:
-    """How often this process has stored an entry: part of the cache key of whoever remembers what it looked up."""
-    return _stored
+def remembered(look_up: Callable[P, T]) -> Callable[P, T]:
+    """Remember what ``look_up`` answers by its arguments, until this process stores an entry; a decorator.
+
+    A look-up takes longer than a small product.
+    """
+    cached = lru_cache(maxsize=4096)(look_up)
+    _remembered.append(cached)
+    return cached
 
 
 def folder() -> Path:
@@ -177,7 +184,6 @@ def store(
         TuningFileError: the file that is there is damaged; it is left as it is.
         OSError: the folder cannot be written; the message names ``$BLOCKVIT_TUNED``.
     """
-    global _stored
     entry: Entry = {
         "key": dict(key),
         "parameters": dict(parameters),
@@ -199,7 +205,8 @@ def store(
         raise OSError(
             error.errno, f"{error.strerror}; set $BLOCKVIT_TUNED to a folder that can be written", str(file)
         ) from error
-    _stored += 1
+    for look_up in _remembered:
+        look_up.cache_clear()
     return entry
 
 
