@@ -75,6 +75,30 @@ def test_same_outputs_as_pytorch(layout, kind, widths, bias, need_weights):
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("arguments", [{}, {"bias": False, "batch_first": True}, {"kdim": 10, "vdim": 12}], ids=str)
+def test_made_anew_it_is_pytorchs_with_the_same_first_weights(arguments, device, seed):
+    where = {"device": device, "dtype": torch.float64}
+    torch.manual_seed(seed)
+    mha = nn.MultiheadAttention(EMBED, HEADS, 0.25, **arguments, **where)
+    torch.manual_seed(seed)
+    ours = MultiheadAttention(EMBED, HEADS, 0.25, **arguments, **where)
+    assert repr(ours) == repr(MultiheadAttention.from_torch(mha)) and ours.dropout == 0.25 and ours.training
+    assert {(tuple(p.shape), p.dtype, p.device.type) for p in ours.parameters()} == {
+        (tuple(p.shape), torch.float64, device) for p in MultiheadAttention.from_torch(mha).parameters()
+    }
+    if device == "cpu":
+        x = [t.double() for t in inputs(mha, "cross", True)]
+        torch.testing.assert_close(ours.eval()(*x), mha.eval()(*x))
+        ours.load_state_dict(mha.state_dict())
+
+
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_what_it_cannot_do_cannot_be_made_anew(option):
+    with pytest.raises(NotImplementedError, match="add_bias_kv or add_zero_attn is not supported"):
+        MultiheadAttention(EMBED, HEADS, **{option: True})
+
+
 MASKS = {
     "none": None,
     "bool": torch.rand(L, S, generator=torch.Generator().manual_seed(0)) < 0.4,

@@ -233,7 +233,6 @@ def test_a_key_holds_the_sparsity_rounded():
 
 def test_what_is_stored_is_found_and_replaced(store):
     assert tuning.load(GPU) == {} and tuning.find(GPU, "torch_tuned", LIKE) is None
-    before = tuning.stored()
     first = tuning.store(GPU, "torch_tuned", LIKE, PARAMETERS, ms=0.5, default_ms=0.75, seconds=12.34)
     tuning.store(GPU, "ours", {"block_size": 32}, {"num_warps": 8}, ms=0.5, seconds=1.0)
     tuning.store(GPU, "torch_tuned", {**LIKE, "tokens": 16}, PARAMETERS, ms=0.5, seconds=1.0)
@@ -244,8 +243,28 @@ def test_what_is_stored_is_found_and_replaced(store):
     tuning.store(GPU, "torch_tuned", LIKE, {**PARAMETERS, "num_warps": 8}, ms=0.4, seconds=1.0)
     assert tuning.find(GPU, "torch_tuned", LIKE)["parameters"]["num_warps"] == 8
     assert {name: len(entries) for name, entries in tuning.load(GPU).items()} == {"ours": 1, "torch_tuned": 2}
-    assert tuning.stored() == before + 4
     assert [file.name for file in store.iterdir()] == ["nvidia-h100-80gb-hbm3.json"]
+
+
+def test_a_look_up_is_remembered_until_something_is_stored(store):
+    asked = []
+
+    @tuning.remembered
+    def look_up(tokens, *, dtype=None):
+        asked.append(tokens)
+        return tuning.find(GPU, "torch_tuned", {"tokens": tokens})
+
+    assert [look_up(16), look_up(16), look_up(32, dtype="float32")] == [None] * 3 and asked == [16, 32]
+    entry = tuning.store(GPU, "torch_tuned", {"tokens": 16}, PARAMETERS, ms=1.0, seconds=1.0)
+    assert [look_up(16), look_up(16)] == [entry] * 2 and asked == [16, 32, 16]
+    tuning._remembered.remove(look_up)
+
+
+def test_what_the_backends_look_up_is_forgotten_when_something_is_stored():
+    pytest.importorskip("triton")
+    from blockvit.kernels.triton import mlp, parameters
+
+    assert {torch_tuned._launch, parameters.linear, mlp._parameters} <= set(tuning._remembered)
 
 
 def test_the_file_is_sorted_and_readable(store):

@@ -229,6 +229,8 @@ def test_missing_file(tmp_path):
             FileNotFoundError, match=r"nothing\.safetensors does not exist; write it with blockvit\.save"
         ):
             function(tmp_path / "nothing.safetensors")
+        with pytest.raises(IsADirectoryError, match=r"is a folder, not a file; write it with blockvit\.save"):
+            function(tmp_path)
 
 
 @pytest.mark.parametrize("fraction", [0, 0.001, 0.5, 0.999])
@@ -370,14 +372,16 @@ def test_a_model_without_memory_takes_the_files_tensors(path):
         load(path, half)
 
 
-@pytest.mark.parametrize("damage", ["no JSON", "no layers", "no values", "int64 indices"])
+DAMAGE = ("no JSON", "no layers", "no attention", "no source_sha256", "no identities", "no values", "int64 indices")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_contents_are_told_with_the_file(path, damage):
     save(sparse_mlp(), path)
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["blockvit"])
-    if damage == "no layers":
-        del metadata["layers"]
+    metadata.pop(damage.removeprefix("no "), None)
     if damage == "no values":
         del tensors["layers.0.values"]
     if damage == "int64 indices":
@@ -386,7 +390,7 @@ def test_damaged_contents_are_told_with_the_file(path, damage):
     safetensors.torch.save_file(tensors, path, metadata={"blockvit": text})
     message = "col_indices are torch.int64" if damage == "int64 indices" else rf"{path}.*damaged"
     with pytest.raises(ValueError, match=message):
-        load(path, Mlp())
+        load(path, Mlp(), source={} if damage == "no source_sha256" else None)
 
 
 class Extra(nn.Identity):

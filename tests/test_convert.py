@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import blockvit
 from blockvit import (
@@ -564,6 +567,37 @@ def test_bytes_of_wrapped_tensors_and_of_models_without_memory():
     assert model_bytes(model) == 2 * 4 * 8 * 4, "as 2:4 sparsity does, it wraps tensors and has no memory of its own"
     with torch.device("meta"):
         assert model_bytes(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 20))) == 4 * (100 + 10 + 200 + 20)
+
+
+def leaves_in_the_readme() -> list[type[nn.Module]]:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    names = re.search(r'"leaf_modules": \[([^]]+)\]', readme)[1]
+    return [getattr(blockvit, name.strip()) for name in names.split(",")]
+
+
+@pytest.mark.parametrize("made", ["masked", "spartan", "trained sparsely", "folded", "converted"])
+def test_torch_fx_takes_our_modules_as_the_leaves_that_the_readme_names(made, monkeypatch):
+    method = "spartan" if made == "spartan" else "supermask"
+    model = sparsify(vit(), 0.6, 16, targets=("mlp", "out_proj", "head", "conv_proj"), method=method)
+    if made == "trained sparsely":
+        blockvit.train_sparse(model, torch.optim.SGD(model.parameters(), 0.1))
+    if made in ("folded", "converted"):
+        fold(model)
+    if made == "converted":
+        to_block_sparse(model, 16, "gather", dense_backend="gather", fuse_mlp=True)
+        for mlp in [m for m in model.modules() if isinstance(m, blockvit.BlockSparseMLP)]:
+            mlp.min_tokens = 1  # as where there is a GPU, where its forward asks for the number of tokens
+        monkeypatch.setattr(blockvit.BlockSparseMLP, "_can_fuse", lambda self, x, pattern: x.numel() < 0)
+    nodes, x = ["encoder.layers.encoder_layer_0.mlp", "heads.head"], images()
+    leaves = {"leaf_modules": leaves_in_the_readme()}
+    found = create_feature_extractor(model.eval(), nodes, tracer_kwargs=leaves)(x)
+    mlp = model.get_submodule(nodes[0])
+    with torch.no_grad():
+        expected, inside = model(x), []
+        mlp.register_forward_hook(lambda module, inputs, output: inside.append(output))
+        model(x)
+    torch.testing.assert_close(found["heads.head"], expected)
+    torch.testing.assert_close(found[nodes[0]], inside[0])
 
 
 @pytest.mark.parametrize("damage", ["indices", "a part missing"])

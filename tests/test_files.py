@@ -44,6 +44,22 @@ def test_content_is_written_and_replaced_and_folders_are_made(tmp_path):
     assert names(path.parent) == ["a.txt"]
 
 
+@pytest.mark.parametrize("target", ["there", "not yet there"])
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path, target):
+    path, link, second = tmp_path / "disk" / "a.txt", tmp_path / "a.txt", tmp_path / "b.txt"
+    path.parent.mkdir()
+    if target == "there":
+        path.write_text("old")
+        path.chmod(0o640)
+    link.symlink_to("disk/a.txt")
+    second.symlink_to(link)
+    files.write(second, "new")
+    assert link.is_symlink() and second.is_symlink() and not path.is_symlink()
+    assert path.read_text() == link.read_text() == "new"
+    assert target != "there" or path.stat().st_mode & 0o777 == 0o640
+    assert names(path.parent) == ["a.txt"]
+
+
 def test_the_name_is_taken_only_when_everything_is_on_the_disk(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write(path, "old")
@@ -162,6 +178,77 @@ def test_writers_of_one_file_do_not_mix(tmp_path):
         one.write(b"1" * 10)
         other.write(b"2" * 20)
     assert path.read_bytes() == b"1" * 10  # the last to end
+
+
+HOLDER = """
+import sys
+from blockvit import files
+with files.locked({path!r}, shared={shared}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_elsewhere(path: Path, *, shared: bool = False):
+    """``path``, locked by another process."""
+    command = [sys.executable, "-c", HOLDER.format(path=str(path), shared=shared)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_lock_keeps_others_out_until_the_block_ends(tmp_path, what):
+    path = tmp_path / "a" if what == "file" else tmp_path
+    with held_elsewhere(path), pytest.raises(BlockingIOError), files.locked(path, wait=False):
+        pass
+    with files.locked(path, wait=False) as file:
+        assert (file is None) == (what == "folder")
+    with pytest.raises(ValueError), files.locked(path):
+        raise ValueError
+    with files.locked(path, wait=False):
+        pass
+
+
+def test_readers_share_a_lock_and_writers_do_not(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with held_elsewhere(path, shared=True):
+        with files.locked(path, shared=True, wait=False) as file:
+            assert file.read() == b"old"
+        with pytest.raises(BlockingIOError), files.locked(path, wait=False):
+            pass
+    with files.locked(path) as file:
+        file.write(b" and new")
+        file.seek(0)
+        assert file.read() == b"old and new"
+    with pytest.raises(FileNotFoundError), files.locked(tmp_path / "b", shared=True):
+        pass
+
+
+WITHOUT_LOCKS = """
+import sys
+sys.modules["fcntl"] = None  # which makes its import fail, as on Windows
+import blockvit.kernels.build, blockvit.pipeline
+from blockvit import files, results
+from blockvit.kernels import tuning
+store = results.Store({root!r})
+store.append([{{"experiment": "linear", "device": "a CPU", "metric": "latency", "value": 1.5}}])
+assert store.read("linear")["value"].tolist() == [1.5]
+tuning.store("a GPU", "triton", {{}}, {{}}, ms=1.0, seconds=1.0)
+assert tuning.load("a GPU")["triton"][0]["ms"] == 1.0
+with files.locked({root!r}), files.locked({root!r} + "/a", wait=False):
+    pass
+"""
+
+
+def test_where_there_are_no_locks_everything_else_goes_on(tmp_path):
+    environment = os.environ | {"BLOCKVIT_TUNED": str(tmp_path / "tuned")}
+    script = WITHOUT_LOCKS.format(root=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_devices_name_becomes_a_file_name():

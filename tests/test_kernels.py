@@ -319,6 +319,46 @@ def test_a_backend_asked_for_by_name_refuses_a_dtype_it_cannot_run():
         sparse.to(torch.bfloat16)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.to(torch.float64),
+        lambda layer: layer.use_backend("dense"),
+        lambda layer: layer.load_state_dict({name: t.clone() for name, t in layer.state_dict().items()}),
+    ],
+    ids=["to", "use_backend", "load_state_dict"],
+)
+def test_a_layer_that_cannot_be_packed_stays_as_it_was(change, bias, monkeypatch):
+    layer = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5, bias=bias), 8, backend="gather")
+    x = torch.randn(3, 12)
+    expected = layer(x)
+    expected.sum().backward() if bias else None
+    state, attributes = dict(layer.named_buffers()), {n: v for n, v in vars(layer).items() if not n.startswith("_")}
+
+    def fail(weight):
+        raise torch.OutOfMemoryError("no memory to pack in")
+
+    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+        for backend in ("gather", "dense"):
+            broken.setattr(backends()[backend], "pack", fail)
+        change(layer)
+    assert dict(layer.named_buffers()).keys() == state.keys()
+    assert all(tensor is state[name] for name, tensor in layer.named_buffers())
+    assert {n: v for n, v in vars(layer).items() if not n.startswith("_")} == attributes
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert torch.equal(layer(x), expected)
+    change(layer)
+    torch.testing.assert_close(layer(x.to(layer.values.dtype)).float(), expected)
+
+
+def test_gather_refuses_the_meta_device_which_leaves_the_layer_where_it_was():
+    layer = BlockSparseLinear.from_dense(linear_with_zero_blocks(32, 16, 16, 0.5), 16, backend="gather")
+    with pytest.raises(BackendUnavailableError, match="which tensors on the meta device do not hold"):
+        layer.to("meta")
+    assert layer(torch.randn(2, 16)).shape == (2, 32)
+
+
 @every_backend
 def test_deepcopy_is_independent(backend):
     sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(20, 12, 8, 0.5), 8, backend=backend)

@@ -448,14 +448,64 @@ def test_asked_for_by_name_without_a_compiler_it_says_why(tmp_path, monkeypatch)
             resolve("cpu", CPU, torch.float32, 16)
 
 
+@pytest.fixture
+def unwritable_cache(tmp_path, monkeypatch):
+    """Gives the folder that libraries are built in instead, and a list of what was built."""
+    (tmp_path / "a file").touch()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("BLOCKVIT_CACHE", str(tmp_path / "a file"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "tmp"))
+    built = []
+    monkeypatch.setattr(build, "_compile", lambda library, target: (built.append(library.isa), target.touch()))
+    return tmp_path / "tmp" / f"blockvit-kernels-{os.getuid()}", built
+
+
 @pytest.mark.without_kernel
-def test_a_cache_that_cannot_be_written_is_gone_around(tmp_path, monkeypatch):
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    monkeypatch.setenv("BLOCKVIT_CACHE", str(blocked))
-    monkeypatch.setattr(build, "_compile", lambda library, target: target.touch())
-    made = build.build(build.Library("cpu_linear.cpp", "baseline"))
-    assert made.is_file() and tmp_path not in made.parents
+def test_a_cache_that_cannot_be_written_is_gone_around_in_one_folder_of_ones_own(unwritable_cache):
+    folder, built = unwritable_cache
+    made = [build.build(build.Library("cpu_linear.cpp", "baseline")) for _ in range(2)]
+    assert made[0] == made[1] and made[0].parent == folder and made[0].is_file()
+    assert built == ["baseline"], "once, for all processes"
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("planted", ["open to all", "another user's", "a link", "a file"])
+def test_libraries_are_not_taken_from_a_folder_that_others_can_write_to(planted, unwritable_cache, monkeypatch):
+    folder, built = unwritable_cache
+    elsewhere = folder.with_name("elsewhere")
+    elsewhere.mkdir(mode=0o700)
+    if planted == "a link":
+        folder.symlink_to(elsewhere)
+    elif planted == "a file":
+        folder.touch()
+    else:
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o777 if planted == "open to all" else 0o700)
+    if planted == "another user's":
+        user = os.getuid()
+        folder.rename(folder.with_name(f"blockvit-kernels-{user + 1}"))
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    with pytest.raises(
+        build.BuildError, match=r"is no folder that only you can write to; remove it, or set \$BLOCKVIT_CACHE"
+    ):
+        build.build(build.Library("cpu_linear.cpp", "baseline"))
+    assert not built
+
+
+@pytest.mark.without_kernel
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_failed_build_leaves_nothing_behind(writable, unwritable_cache, tmp_path, monkeypatch):
+    def fail(library, target):
+        raise build.BuildError("no compiler")
+
+    monkeypatch.setattr(build, "_compile", fail)
+    if writable:
+        monkeypatch.setenv("BLOCKVIT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match="no compiler"):
+        build.build_for_this_cpu("cpu_linear.cpp")
+    assert not list((tmp_path / "tmp").iterdir())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a file"]
 
 
 @pytest.mark.without_kernel

@@ -162,6 +162,9 @@ def test_what_is_given_wins_over_the_name_and_a_wrong_block_size_is_found(study)
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sp0\.80-ts32\.pth does not exist; expected a checkpoint named like"):
         PublishedCheckpoint.open(tmp_path / "sp0.80-ts32.pth")
+    (tmp_path / "sp0.80-ts32.pth").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"ts32\.pth is a folder, not a file; expected a checkpoint named like"):
+        PublishedCheckpoint.open(tmp_path / "sp0.80-ts32.pth")
 
 
 def test_other_classes_than_the_folders(study, tmp_path):

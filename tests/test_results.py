@@ -371,7 +371,9 @@ def test_a_folder_that_is_read_only(store):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "results").write_text("precious")
-    with pytest.raises(OSError, match="results were not written to"):
+    with pytest.raises(
+        OSError, match=r"not written to .*: name another folder with the results_dir parameter .* and run again"
+    ):
         Store(tmp_path / "results").append([row()])
     assert (tmp_path / "results").read_text() == "precious"
 

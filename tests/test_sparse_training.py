@@ -6,6 +6,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -368,6 +369,13 @@ def test_compiled_it_trains_the_same_without_graph_breaks():
             optimizer.zero_grad()
     assert counter.frame_count == 2  # one after a refresh, one between; no refresh compiles anew
     assert_same(compiled.state_dict(), eager.state_dict(), 1e-4)
+
+
+def test_refresh_every_is_any_integer_and_no_truth_value():
+    net = trained_sparse(model(), refresh_every=np.int64(3))
+    assert {layer.refresh_every for layer in net if isinstance(layer, SupermaskLinear)} == {3}
+    with pytest.raises(ValueError, match="refresh_every is True; expected a number of optimizer steps"):
+        trained_sparse(model(), refresh_every=True)
 
 
 def test_says_what_is_wrong():

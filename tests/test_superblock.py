@@ -193,11 +193,18 @@ def test_checkpoints_that_are_no_superblock(tmp_path):
     arguments = {"sparsity": 0.8, "block_size": BLOCK}
     with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist; expected a checkpoint"):
         load_superblock(tmp_path / "none.pth", vit(), **arguments)
+    with pytest.raises(IsADirectoryError, match=r"is a folder, not a file; expected a checkpoint"):
+        load_superblock(tmp_path, vit(), **arguments)
     with pytest.raises(ValueError, match=r"holds no '\.scores': it is no SuperBlock checkpoint"):
         load_superblock(write({"model": vit().state_dict()}, tmp_path), vit(), **arguments)
     for content, kind in ((torch.zeros(3), "Tensor"), ([1, 2], "list"), ({"model": 3}, "int")):
         with pytest.raises(ValueError, match=rf"the checkpoint holds a {kind}; expected a state dict"):
             load_superblock(write(content, tmp_path), vit(), **arguments)
+    for name in (f"{MLP[0]}.weight", f"{MLP[0]}.scores", f"{MLP[0]}.bias", "epoch"):
+        with pytest.raises(ValueError, match=rf"holds {name}, a list; expected a state dict, which holds tensors only"):
+            load_superblock(published().state_dict() | {name: [1.0]}, vit(), **arguments)
+    with pytest.raises(ValueError, match=r"holds no '\.scores'"):
+        load_superblock({0: torch.zeros(3)}, vit(), **arguments)
 
 
 def test_scores_without_a_weight_and_nan_scores():

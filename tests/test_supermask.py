@@ -617,6 +617,17 @@ def test_scores_from_equal_magnitudes_and_constant_scores_are_zero():
     assert layer.scores.eq(0).all()
 
 
+def test_scores_start_in_a_known_way_and_only_where_there_are_some():
+    layer = SupermaskLinear(8, 8, sparsity=0.5, block_size=4)
+    before = layer.scores.clone()
+    with pytest.raises(ValueError, match=r"scores is 'magnitud'; expected one of \['kaiming', 'magnitude',"):
+        layer.reset_scores("magnitud")
+    assert torch.equal(layer.scores, before)
+    layer = SupermaskLinear(8, 8, sparsity=0.5, block_size=4, method="spartan")
+    with pytest.raises(ValueError, match="a layer of method 'spartan' has no scores to start anew"):
+        layer.reset_scores()
+
+
 def test_scores_that_are_not_trained_stay():
     torch.manual_seed(0)
     model = sparsify(small_transformer(), 0.75, 4, targets="mlp", train_scores=False)
@@ -918,6 +929,24 @@ def test_sparsity_of_the_wrong_type(sparsity):
 def test_bad_block_size(block_size, error):
     with pytest.raises(error, match=r"block_size is .*expected"):
         sparsify(small_transformer(), 0.5, block_size)
+
+
+@pytest.mark.parametrize("keyword", ["targets", "skip"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, r"is 3; expected a name, a list of names, or a function of name and module"),
+        (nn.Linear(2, 2), r"is Linear\(.*; expected a name"),
+        (
+            [lambda name, module: True],
+            r"holds <function .*; expected names of layers only: .*pass that function",
+        ),
+        (["mlp", 0], r"holds 0; expected names"),
+    ],
+)
+def test_targets_of_the_wrong_type(keyword, given, message):
+    with pytest.raises(TypeError, match=f"{keyword} {message}"):
+        sparsify(small_transformer(), 0.5, 4, **{"targets": "mlp", keyword: given})
 
 
 @pytest.mark.parametrize("keyword", ["targets", "skip"])

@@ -114,7 +114,7 @@ def test_what_is_found_is_what_the_layer_looks_up(store):
         other_shape = matrix.padded_shape[0] + 128, *weight[1:]
         assert parameters.group(CPU, *other_shape) is None, "pairs of rows that pay for one weight cost another"
         entries = packing.pack(matrix, 2).values.shape[0]
-        used = parameters.linear(tuning.stored(), CPU, 50, *weight, "ieee", 2, entries)
+        used = parameters.linear(CPU, 50, *weight, "ieee", 2, entries)
         assert {"GROUP": 2, **used} == found
         key = tuning.key(*matrix.padded_shape, len(x), case.block_size, case.dtype, matrix.nnz, "ieee")
         assert tune.triton_key(case) == key

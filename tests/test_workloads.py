@@ -26,6 +26,7 @@ from blockvit.workloads import (
     linear_cases,
     mlp_cases,
     mode_refusals,
+    modes,
     refusals,
     runnable,
     runnable_modes,
@@ -36,7 +37,6 @@ from blockvit.workloads import (
 )
 from blockvit.workloads import device as device_cases
 from blockvit.workloads import layers as layer_cases
-from blockvit.workloads import mlp as mlp_case
 
 CPU = torch.device("cpu")
 SHORT = Effort(min_repeats=2, max_repeats=2, seconds=0, min_sample=0)
@@ -311,15 +311,16 @@ def fake_engines(monkeypatch):
 
 def _forget_engines():
     vit._engine_dense.cache_clear()
-    layer_cases._dense_engine.cache_clear()
+    modes._prepared.cache_clear()
 
 
 ENGINES = ("onnxruntime", "openvino")
 LAYER = LinearCase((48, 32), 5, 16, 0.5, backends=("gather",), dense_modes=ENGINES)
+MLP = MLPCase(5, 16, 0.5, backends=("gather",), dense_modes=ENGINES, width=32, hidden=64)
 VIT = ModelCase("vit_digits", "mlp", 2, 16, 0.5, dense_modes=ENGINES, sparse_modes=ENGINES)
 
 
-@pytest.mark.parametrize("case", [LAYER, VIT])
+@pytest.mark.parametrize("case", [LAYER, MLP, VIT])
 def test_engines_run_the_dense_model(case, fake_engines):
     rows = case.measure(CPU, SHORT)
     check_times(rows)
@@ -330,7 +331,7 @@ def test_engines_run_the_dense_model(case, fake_engines):
     assert [engine for engine, *_ in fake_engines] == list(ENGINES)
 
 
-@pytest.mark.parametrize("case", [LAYER, VIT])
+@pytest.mark.parametrize("case", [LAYER, MLP, VIT])
 def test_engines_that_cannot_run_are_left_out_and_named(case, monkeypatch):
     monkeypatch.setattr(engines, "refusal", lambda engine, *where: None if engine == "openvino" else "gone")
     monkeypatch.setattr(engines, "prepare", lambda engine, model, *how: model)
@@ -349,6 +350,31 @@ def test_mode_refusals_name_each_reason_once(fake_engines, monkeypatch):
     (line,) = mode_refusals(["cudagraph", "compile"], "cpu", ["fp32", "bf16"])
     assert line == "not measured: cudagraph in fp32, bf16: CUDA graphs need an NVIDIA GPU, and the device is cpu"
     assert runnable_modes(["compile", *ENGINES], CPU, "bf16") == ["eager", "compile", "openvino"]
+
+
+def test_torch_compile_has_one_mode_on_a_cpu():
+    """It freezes the weights, in place of any mode: the row would bear the name of what was not done."""
+    for mode in ("max-autotune", "no-such-mode"):
+        (line,) = mode_refusals([mode], "cpu", ["fp32"])
+        assert line.startswith(f"not measured: {mode} in fp32: on a CPU a model is compiled with frozen weights")
+        assert mode_refusals([mode], "cuda", ["fp32"]) == []
+    assert runnable_modes(["max-autotune", "compile"], CPU, "fp32") == ["eager", "compile"]
+
+
+@pytest.mark.parametrize("mode", ["compile", "openvino"])
+def test_a_dense_model_is_prepared_once_for_inputs_alike(mode, fake_engines, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(modes, "compiled", lambda model, *how: prepared.append(how) or model)
+    monkeypatch.setattr(engines, "prepare", lambda engine, model, *how: prepared.append(how) or model)
+    layer, x = nn.Linear(4, 2), torch.randn(3, 4)
+    assert torch.equal(modes.dense_call(layer, mode, x)(), layer(x))
+    assert torch.equal(modes.dense_call(layer, mode, x + 1)(), layer(x + 1))
+    assert len(prepared) == 1, "values do not matter"
+    for others in (x[:2], x.double()):
+        modes.dense_call(layer, mode, others)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    modes.dense_call(layer, mode, x)
+    assert len(prepared) == 4
 
 
 def test_an_engine_is_prepared_once_for_a_model_batch_size_and_number_of_threads(fake_engines):
@@ -388,7 +414,7 @@ def test_linear_cases_take_dense_modes():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", [LAYER, VIT])
+@pytest.mark.parametrize("case", [LAYER, MLP, VIT])
 def test_an_installed_engine_agrees_with_the_dense_model(case, engine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # OpenVINO takes no more than there are cores
     if reason := engines.refusal(engine, CPU, torch.float32):
@@ -470,9 +496,11 @@ def test_mlp_case_measures_dense_and_sparse_in_one_group(monkeypatch):
         return {name: Timing((1.0,)) for name in calls}
 
     monkeypatch.setattr(variants, "interleave", spy)
-    monkeypatch.setattr(mlp_case, "compiled", lambda model, device, mode: model)
+    monkeypatch.setattr(modes, "compiled", lambda model, device, mode: model)
+    modes._prepared.cache_clear()
     case = MLPCase(7, 16, 0.75, backends=("gather", "torch"), dense_modes=("compile",), width=32, hidden=64, seed=2)
     rows = case.measure(CPU, SHORT)
+    modes._prepared.cache_clear()
     assert set(by_backend(rows)) == {("dense", "eager"), ("dense", "compile"), ("gather", "eager"), ("torch", "eager")}
     assert {(row["model"], row["scope"], row["tokens"], row["seed"]) for row in rows} == {("32x64x32", "mlp", 7, 2)}
     measured = {(key["backend"], key["compile"], key.get("sparsity")) for key in case.keys(CPU)}

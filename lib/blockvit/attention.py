@@ -23,7 +23,9 @@ class MultiheadAttention(nn.Module):
     Submodules: ``qkv`` ``(3 * embed_dim, embed_dim)`` and ``out_proj`` ``(embed_dim, embed_dim)``; where keys or
     values have their own width, ``q_proj``, ``k_proj`` and ``v_proj`` instead of ``qkv``.
 
-    Built by ``from_torch``. Attention runs through ``scaled_dot_product_attention`` unless weights are asked for.
+    Made of one by ``from_torch``, or anew with the arguments and the first weights of ``nn.MultiheadAttention``; in
+    neither way with ``add_bias_kv`` or ``add_zero_attn``. Attention runs through ``scaled_dot_product_attention``
+    unless weights are asked for.
     """
 
     # nn.TransformerEncoderLayer takes a fused inference path that reads weights instead of calling modules; these two
@@ -31,10 +33,23 @@ class MultiheadAttention(nn.Module):
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
-    def __init__(self, embed_dim: int, num_heads: int, *, dropout: float = 0.0, batch_first: bool = False) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.dropout, self.batch_first = dropout, batch_first
+        widths = bias, add_bias_kv, add_zero_attn, kdim, vdim
+        self._take_over(nn.MultiheadAttention(embed_dim, num_heads, dropout, *widths, batch_first, device, dtype))
         self.register_load_state_dict_pre_hook(rename_packed_projection)
 
     @classmethod
@@ -45,23 +60,28 @@ class MultiheadAttention(nn.Module):
             NotImplementedError: ``mha`` was made with ``add_bias_kv`` or ``add_zero_attn``.
             ValueError: a weight of ``mha`` is computed from others.
         """
+        new = cls(mha.embed_dim, mha.num_heads, kdim=mha.kdim, vdim=mha.vdim, device="meta")
+        new._take_over(mha)
+        return new.train(mha.training)
+
+    def _take_over(self, mha: nn.MultiheadAttention) -> None:
         if mha.bias_k is not None or mha.bias_v is not None or mha.add_zero_attn:
             raise NotImplementedError(
                 "nn.MultiheadAttention with add_bias_kv or add_zero_attn is not supported; "
                 "build the model without them, or replace this module yourself"
             )
-        new = cls(mha.embed_dim, mha.num_heads, dropout=mha.dropout, batch_first=mha.batch_first)
+        self.embed_dim, self.num_heads = mha.embed_dim, mha.num_heads
+        self.dropout, self.batch_first = mha.dropout, mha.batch_first
         bias = mha.in_proj_bias
         if mha._qkv_same_embed_dim:
-            new.qkv = _linear(mha.in_proj_weight, bias)
+            self.qkv = _linear(mha.in_proj_weight, bias)
         else:
             biases = (None, None, None) if bias is None else bias.detach().chunk(3)
             for name, b in zip("qkv", biases, strict=True):
                 weight = getattr(mha, f"{name}_proj_weight")
                 b = None if b is None else nn.Parameter(b.clone(), requires_grad=bias.requires_grad)
-                setattr(new, f"{name}_proj", _linear(weight, b))
-        new.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
-        return new.train(mha.training)
+                setattr(self, f"{name}_proj", _linear(weight, b))
+        self.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
 
     def forward(
         self,

@@ -70,7 +70,6 @@ def interleave(
     *,
     clock: Clock | None = None,
     effort: Effort | None = None,
-    seed: int = 0,
 ) -> dict[str, Timing]:
     """Time each of ``variants`` in turn, round after round in a changing order; warm-up outside."""
     clock, effort = clock or Clock(), effort or Effort()
@@ -80,7 +79,7 @@ def interleave(
             estimates[name] = clock.seconds(call, 1)
         repeats[name] = max(1, math.ceil(effort.min_sample / max(estimates[name], 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    order, shuffle = list(variants), random.Random(seed).shuffle
+    order, shuffle = list(variants), random.Random(0).shuffle
     start = time.perf_counter()
     for done in range(effort.max_repeats):
         if done >= effort.min_repeats and time.perf_counter() - start >= effort.seconds:
@@ -269,8 +268,8 @@ def time_limit(budget_s: float | None) -> float | None:
     return limit if budget_s is None else min(budget_s, limit)
 
 
-def busy_note(seconds: float = 0.3) -> list[str]:
-    """A warning if other processes keep this machine's cores busy while this one idles for ``seconds``.
+def busy_note() -> list[str]:
+    """A warning if other processes keep this machine's cores busy while this one idles.
 
     Multi-threaded kernels wait for their slowest thread, so they suffer from it unevenly: ratios shift, not only times.
     """
@@ -281,7 +280,7 @@ def busy_note(seconds: float = 0.3) -> list[str]:
 
     try:
         before = ticks()
-        time.sleep(seconds)
+        time.sleep(0.3)
         total, idle = (after - start for after, start in zip(ticks(), before, strict=True))
     except OSError:  # not Linux: nothing is known
         return []

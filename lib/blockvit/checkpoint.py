@@ -146,8 +146,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; write it with blockvit.save(model, path)")
+    files.check_file(path, "write it with blockvit.save(model, path)")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("blockvit")
@@ -165,7 +164,13 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(
             f"{path} has format {metadata['format']}; this version reads format {FORMAT}: convert the model again"
         )
+    if missing := [name for name in _ENTRIES if name not in metadata]:
+        raise ValueError(f"{path} has damaged metadata: it holds no {missing}; save or copy it again")
     return metadata, tensors
+
+
+_ENTRIES = ("model", "architecture", "attention", "source_sha256", "layers", "identities")
+"""What the metadata of every file of this format holds."""
 
 
 def load(
@@ -188,6 +193,7 @@ def load(
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
             ``model``, which is then as it was; or ``model`` is needed and missing.
         BackendUnavailableError: the backend asked for cannot run here.

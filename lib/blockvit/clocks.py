@@ -173,7 +173,7 @@ def clock_for(device: torch.device | str, *, cold: bool = False) -> Clock:
     return (ColdCudaClock if cold else CudaClock)(Cuda(device))
 
 
-def cuda_graph(call: Callable[[], torch.Tensor], warmup: int = 3) -> Callable[[], torch.Tensor]:
+def cuda_graph(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Capture ``call`` into a CUDA graph; returns what replays it and gives its result, in the same memory each time.
 
     Raises:
@@ -182,7 +182,7 @@ def cuda_graph(call: Callable[[], torch.Tensor], warmup: int = 3) -> Callable[[]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is allocated or compiled at first must not be captured
-        for _ in range(warmup):
+        for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

@@ -7,17 +7,23 @@ run that resumes, sees the old content or the new, whatever happened in between:
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether something was not written for want of room: a full disk, a quota, a limit on the size of files."""
+    return error.errno in _NO_ROOM
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -45,7 +51,8 @@ def save_atomically(state: Any, path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Iterator[BinaryIO]:
     """A file to write into, which takes the name ``path`` when the block ends without an exception.
 
-    Folders on the way are made. A file that was there keeps its permissions; a new one has those of any new file.
+    Folders on the way are made. A file that was there keeps its permissions; a new one has those of any new file. A
+    link stays one: what it points to is replaced.
 
     Args:
         path: where the file goes.
@@ -56,6 +63,8 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
             message says what was needed, what is free, and what to do; ``path`` is as it was.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # mkstemp's only their owner could read
     written, free = 0, None
     try:
@@ -80,6 +89,46 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
             unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: str | os.PathLike[str], *, shared: bool = False, wait: bool = True) -> Iterator[io.FileIO | None]:
+    """Hold a file or a folder against every other process that asks for it here; gives the file, open and unbuffered.
+
+    The system lets go of it when the block or the process ends, however it ends. Where a system has no such locks
+    (Windows) nothing is held, and what is done within is as safe as it is by itself.
+
+    Args:
+        path: a folder; or a file, which is made if there is none, open to be read and appended to.
+        shared: hold it beside others who only read; the file, which must be there, is open to be read.
+        wait: until nobody else holds it.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and ``wait`` is False.
+        OSError: the file cannot be opened, or its disk has no locks, as some network disks.
+    """
+    path = Path(path)
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    with ExitStack() as held:
+        file = None if path.is_dir() else held.enter_context(path.open("rb" if shared else "a+b", buffering=0))
+        if fcntl is not None:
+            descriptor = os.open(path, os.O_RDONLY) if file is None else file.fileno()
+            if file is None:
+                held.callback(os.close, descriptor)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        yield file
+
+
+def check_file(path: Path, remedy: str) -> None:
+    """Raise ``FileNotFoundError`` or ``IsADirectoryError``, with what to do, if ``path`` is no file to be read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file; {remedy}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+
+
 def slug(device: str) -> str:
     """A device's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -88,7 +137,7 @@ def slug(device: str) -> str:
 def _message(path: Path, error: OSError, size: int | None, written: int, free: int | None) -> str:
     kept = "what was there before is unchanged" if path.exists() else "nothing of it was left behind"
     what = f"{error.strerror}: {path} was not written, {kept}"
-    if error.errno not in _NO_ROOM:
+    if not is_full(error):
         return f"{what}; name a file in a folder that can be written"
     needed = f"{size:,} bytes" if size is not None else f"more than the {written:,} bytes that were taken"
     return (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,14 +86,14 @@ class BlockSparseLinear(nn.Module):
         return resolve(self.requested_backend, like.device, like.dtype, self.block_size, self.bsr.sparsity)
 
     def _pack(self) -> None:
-        for name in self._packed_names:
-            delattr(self, name)
         weight = self.bsr
         self.block_size = weight.block_size
         padded_out, padded_in = weight.padded_shape
         self._pad_in, self._pad_out = padded_in - self.in_features, padded_out - self.out_features
         self.backend = self._resolve(self.values)
         packed = self.backend.pack(weight)
+        for name in self._packed_names:
+            delattr(self, name)
         indices = {id(tensor) for tensor in (self.crow_indices, self.col_indices)}
         for key, tensor in packed.items():  # as tensors of their own: torch.jit.trace takes no buffer of two names
             tensor = tensor.view_as(tensor) if id(tensor) in indices else tensor
@@ -101,22 +102,45 @@ class BlockSparseLinear(nn.Module):
         self._packed_in = _PROCESS
         self._scheduled = False  # what a BlockSparseMLP made for the blocks that were here before
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """If what is done within fails, as packing may for want of memory, the layer is as it was and still runs.
+
+        Only what was loaded into the bias stays.
+        """
+        attributes = vars(self).copy()
+        contents = [(held, held.copy()) for held in (self._buffers, self._parameters, self._non_persistent_buffers_set)]
+        learnt = [p for p in self._parameters.values() if p is not None]
+        tensors = [(t, t.data) for p in learnt for t in (p, p.grad) if t is not None]
+        try:
+            yield
+        except BaseException:
+            vars(self).update(attributes)
+            for held, before in contents:
+                held.clear()
+                held.update(before)
+            for tensor, data in tensors:
+                tensor.data = data
+            raise
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.
         before, backend = (self.values.device, self.values.dtype), self.backend
         self._resolve(fn(self.values[:0]))  # if no backend can run there, say so before anything has moved
-        super()._apply(fn, recurse)
-        if (self.values.device, self.values.dtype) != before:
-            self._pack()
-            if self.requested_backend == "auto" and self.backend.name == "dense" != backend.name:
-                warnings.warn(dense_warning(self), stacklevel=2)  # said once for all layers
+        with self._all_or_nothing():
+            super()._apply(fn, recurse)
+            changed = (self.values.device, self.values.dtype) != before
+            if changed:
+                self._pack()
+        if changed and self.requested_backend == "auto" and self.backend.name == "dense" != backend.name:
+            warnings.warn(dense_warning(self), stacklevel=2)  # said once for all layers
         return self
 
     def use_backend(self, name: str) -> None:
         """Let another backend run the weight, or ``"auto"`` choose one; if it cannot, the layer stays as it is."""
-        resolve(name, self.values.device, self.values.dtype, self.block_size)
-        self.requested_backend = name
-        self._pack()
+        with self._all_or_nothing():
+            self.requested_backend = name
+            self._pack()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.
@@ -128,10 +152,11 @@ class BlockSparseLinear(nn.Module):
             # PyTorch raises what is appended, of all modules together; this one stays as it was.
             args[-1].append(f"{prefix.rstrip('.') or type(self).__name__}: no BSR weight of this layer: {error}")
             return
-        for name, tensor in given.items():
-            setattr(self, name, own[name].new_empty(tensor.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._pack()
+        with self._all_or_nothing():
+            for name, tensor in given.items():
+                setattr(self, name, own[name].new_empty(tensor.shape))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self._pack()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import fcntl
 import importlib.util
 import logging
 import os
@@ -23,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -386,18 +385,18 @@ def run_tests(marked: str, root: Path, log: Path, output: TextIO) -> None:
 def _locked(build: Path) -> Iterator[None]:
     """Hold the build folder; the system lets go of it when the process ends, however it ends."""
     build.mkdir(parents=True, exist_ok=True)
-    with (build / ".lock").open("a+", encoding="utf-8") as file:
+    lock = build / ".lock"
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = held.enter_context(files.locked(lock, wait=False))
         except BlockingIOError as error:
-            file.seek(0)
+            holder = lock.read_text(encoding="utf-8").strip() or "just started"
             raise BusyError(
-                f"profile {build.name} is being run already ({file.read().strip() or 'just started'}) and writes to "
-                f"{build}; wait for it to end, or end it: this run then goes on from what was measured"
+                f"profile {build.name} is being run already ({holder}) and writes to {build}; wait for it to end, or "
+                "end it: this run then goes on from what was measured"
             ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()}, since {datetime.now():%H:%M:%S}")
-        file.flush()
+        file.write(f"process {os.getpid()}, since {datetime.now():%H:%M:%S}".encode())
         yield
 
 

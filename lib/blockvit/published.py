@@ -23,6 +23,7 @@ from torch import nn
 
 from . import bench, data, models, results, superblock
 from .convert import layer_fates, to_block_sparse
+from .files import check_file
 from .linear import BlockSparseLinear
 from .machine import usable_cores
 from .supermask import BLOG_TARGETS
@@ -70,11 +71,11 @@ class PublishedCheckpoint:
 
         Raises:
             FileNotFoundError: no such file.
+            IsADirectoryError: it is a folder.
             ValueError: neither given nor in the name.
         """
         path = Path(path).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; expected a checkpoint named like sp0.80-ts32.pth")
+        check_file(path, "expected a checkpoint named like sp0.80-ts32.pth")
         named = superblock.read_name(path) or (None, None)
         sparsity, block_size = (
             known if given is None else given for given, known in zip((sparsity, block_size), named, strict=True)

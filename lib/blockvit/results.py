@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import os
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .files import slug
+from .files import is_full, locked, slug
 
 KEYS = [
     "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
@@ -209,15 +208,18 @@ def _writable(root: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise PermissionError(
-            f"cannot write results to {root} ({error.strerror}); make it writable, or name another folder "
-            "with the results_dir parameter or $BLOCKVIT_RESULTS"
+            f"cannot write results to {root} ({error.strerror}); make it writable, or {_ANOTHER_FOLDER}"
         ) from error
     except OSError as error:
+        remedy = "free some space" if is_full(error) else _ANOTHER_FOLDER
         raise OSError(
             error.errno,
             f"results were not written to {root} ({error.strerror}); rows written before are intact: "
-            "free some space and run again, what is missing will be measured",
+            f"{remedy} and run again, what is missing will be measured",
         ) from error
+
+
+_ANOTHER_FOLDER = "name another folder with the results_dir parameter or $BLOCKVIT_RESULTS"
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -226,8 +228,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writerows([_text(row.get(column)) for column in COLUMNS] for row in rows)
     header = ",".join(COLUMNS) + "\n"
     while True:
-        with path.open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(path) as file:
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # set aside by another process between open and lock
             end = file.seek(0, os.SEEK_END)
@@ -268,9 +269,8 @@ def _set_aside(path: Path) -> None:
 
 
 def _read(path: Path) -> pd.DataFrame | None:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a cut may go through a character
-        fcntl.flock(file, fcntl.LOCK_SH)
-        lines = file.read().splitlines()
+    with locked(path, shared=True) as file:
+        lines = file.read().decode(errors="replace").splitlines()  # a cut may go through a character
     if not lines:
         return None  # just made, or emptied again because the disk was full
     # Line by line: the open quote of a row cut short must not swallow the rows behind it.

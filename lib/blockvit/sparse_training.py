@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from functools import cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -248,7 +249,7 @@ def train_sparse(
             that ``optimizer`` does not train, or an option out of range.
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
-    if not isinstance(refresh_every, int) or refresh_every < 1:
+    if isinstance(refresh_every, bool) or not isinstance(refresh_every, Integral) or refresh_every < 1:
         raise ValueError(f"refresh_every is {refresh_every}; expected a number of optimizer steps, at least 1")
     if weight_grad not in WEIGHT_GRADS:
         raise ValueError(f"weight_grad is {weight_grad!r}; expected one of {WEIGHT_GRADS}")
@@ -280,7 +281,7 @@ def train_sparse(
         for layer in distinct:
             # As PyTorch's own lazy and parametrized modules do: hooks, parameters and shared places stay as they are.
             layer.__class__ = SparseSupermaskLinear
-            layer.start(refresh_every, weight_grad, backend)
+            layer.start(int(refresh_every), weight_grad, backend)
     except BaseException:  # scores that are NaN choose no mask
         end_sparse(model)
         raise

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import MultiheadAttention, rename_packed_projection
 from .bsr import check_block_size
 from .checkpoint import mismatches
+from .files import check_file
 from .masks import block_mask, check_scores, check_sparsity, expand_mask
 from .supermask import sparsify
 
@@ -47,6 +48,7 @@ def read_superblock(checkpoint: str | os.PathLike | Mapping[str, Any]) -> dict[s
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
         ValueError: a truncated or foreign file.
     """
     if not isinstance(checkpoint, Mapping):
@@ -56,13 +58,18 @@ def read_superblock(checkpoint: str | os.PathLike | Mapping[str, Any]) -> dict[s
         raise ValueError(
             f"the checkpoint holds a {type(state).__name__}; expected a state dict, or one under the key 'model'"
         )
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     masked = masked_layers(state)
     if not masked:
         raise ValueError("the checkpoint holds no '.scores': it is no SuperBlock checkpoint; load it as a dense model")
     for name in masked:
         if f"{name}.weight" not in state:
             raise ValueError(f"the checkpoint holds {name}.scores but no {name}.weight; it is damaged: fetch it again")
+    if others := [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(
+            f"the checkpoint holds {others[0]}, a {type(state[others[0]]).__name__}; expected a state dict, which "
+            "holds tensors only: take out what is none"
+        )
     return state
 
 
@@ -95,6 +102,7 @@ def load_superblock(
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: it is a folder.
         ValueError: a truncated or foreign file; another architecture, block size or (by the file's name) sparsity.
             ``model`` is as it was.
     """
@@ -148,8 +156,7 @@ def _check_blocks(name: str, weight: Tensor, scores: Tensor, block_size: int) ->
 
 def read_torch_checkpoint(path: Path) -> dict[str, Any]:
     """``torch.load`` onto the CPU without running code from the file; clear errors for what is no checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint written by torch.save")
+    check_file(path, "expected a checkpoint written by torch.save")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

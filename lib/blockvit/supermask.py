@@ -138,7 +138,16 @@ class _Supermask:
 
     @torch.no_grad()
     def reset_scores(self, how: str = "kaiming") -> None:
-        """Start the scores anew, in one of the ways of ``SCORES``; see ``sparsify``."""
+        """Start the scores anew, in one of the ways of ``SCORES``; see ``sparsify``.
+
+        Raises:
+            ValueError: another way, or the layer has no scores.
+        """
+        _one_of("scores", how, SCORES)
+        if self.scores is None:
+            raise ValueError(
+                f"a layer of method {self.method!r} has no scores to start anew: it chooses blocks by their weights"
+            )
         bound = self.scores.shape[1:].numel() ** -0.5  # of the Kaiming uniform draw with a = sqrt 5
         if how == "kaiming":
             nn.init.kaiming_uniform_(self.scores, a=math.sqrt(5))

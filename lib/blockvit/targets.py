@@ -39,6 +39,7 @@ def matching(
     not. None for ``targets`` means every layer that can be replaced. ``modules``: what stands for those of ``model``.
 
     Raises:
+        TypeError: ``targets`` or ``skip`` is neither name nor function, or a list of anything but names.
         ValueError: a string that matches no layer, nothing left (the message lists the layers), or a target that names
             a layer which cannot be replaced (see ``obstacles``).
     """
@@ -158,10 +159,17 @@ def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _named_by(targets: Targets, layers: Mapping[str, nn.Module], what: str) -> dict[str, nn.Module]:
-    if callable(targets):
+    if callable(targets) and not isinstance(targets, nn.Module):
         return {name: module for name, module in layers.items() if targets(name, module)}
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"{what} is {targets!r}; expected a name, a list of names, or a function of name and module")
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
+        if not isinstance(target, str):
+            raise TypeError(
+                f"{what} holds {target!r}; expected names of layers only: to choose by a function of name and module, "
+                f"pass that function itself as {what}"
+            )
         found = [name for name in layers if name_matches(name, target)]
         # In `skip`, a name that exists nowhere is as much a typing error as in `targets`.
         if not found:

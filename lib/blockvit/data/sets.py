@@ -79,7 +79,8 @@ def load(
 
     Args:
         name: see the table.
-        root: directory of the pictures.
+        root: directory of the pictures. ``digits`` has no files: neither this, ``download`` nor ``cache_dir`` is looked
+            at, so that they may be given for any data set.
         image_size: edge length S in pixels; pictures of another size are resized, the longer side cropped centrally.
         download: fetch CIFAR-10 into ``root`` if it is not there.
         cache_dir: keep the decoded pictures of a ``cifar10`` ImageFolder here, in one file that is made anew when a

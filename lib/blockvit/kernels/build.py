@@ -12,15 +12,17 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from .. import files
 
 SOURCES = Path(__file__).parent / "csrc"
 TIMEOUT = 300
@@ -124,31 +126,66 @@ def build(library: Library) -> Path:
     and a file appears under its name only when it is whole.
 
     Raises:
-        BuildError: no compiler, or it fails.
+        BuildError: no compiler, or it fails; nothing is left behind.
     """
+    if sys.platform == "win32":
+        raise BuildError("the C++ kernels are not built on Windows; use Linux, macOS or WSL")
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / library.name).is_file():
         return folder / library.name
-    if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.mkdtemp(prefix="blockvit-kernels-"))  # for this process alone
+    if os.access(folder, os.W_OK):
+        return _built(library, folder)
+    folder = temporary_folder()
+    try:
+        return _built(library, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):  # other libraries in it
+            folder.rmdir()
+        raise
+
+
+def temporary_folder() -> Path:
+    """Where libraries are kept if the cache cannot be written: in the system's folder for files that do not last.
+
+    It is this user's own, for what lies there is run: nobody else may have made it or be able to write to it.
+
+    Raises:
+        BuildError: it cannot be made, or not be trusted.
+    """
+    folder = Path(tempfile.gettempdir()) / f"blockvit-kernels-{os.getuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()  # a link is somebody's, whatever it points to
+    except OSError as error:
+        raise BuildError(f"neither {cache_folder()} nor {folder} can be written ({error}); {_REMEDY}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise BuildError(
+            f"{cache_folder()} cannot be written, and {folder} is no folder that only you can write to; remove it, or "
+            f"{_REMEDY}"
+        )
+    return folder
+
+
+_REMEDY = "set $BLOCKVIT_CACHE to a folder that can be written"
+
+
+def _built(library: Library, folder: Path) -> Path:
     target = folder / library.name
-    with _locked(target.with_suffix(".lock")):
-        if not target.is_file():
+    lock = target.with_suffix(".lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where there are no locks both compile, and the last to finish is kept
+            held.enter_context(files.locked(lock))
+        if target.is_file():
+            return target
+        try:
             _compile(library, target)
+        except BaseException:
+            lock.unlink(missing_ok=True)
+            raise
     return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock. Where there are none (some network disks) both compile, and the last to finish is kept."""
-    with path.open("w") as file:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def find_compiler() -> list[str]:
@@ -167,8 +204,6 @@ def find_compiler() -> list[str]:
 
 
 def _compile(library: Library, target: Path) -> None:
-    if sys.platform == "win32":
-        raise BuildError("the C++ kernels are not built on Windows; use Linux, macOS or WSL")
     compiler = find_compiler()
     handle, unfinished = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".tmp")
     os.close(handle)

@@ -30,13 +30,15 @@ TOKENS_AT_ONCE_ON_GPU = 1 << 15
 
 @register
 class Gather(Backend):
-    """Pure PyTorch; any device, dtype and block size; differentiable in ``x`` and ``bias``."""
+    """Pure PyTorch; any device that computes, any dtype and block size; differentiable in ``x`` and ``bias``."""
 
     name = "gather"
 
     @classmethod
     def refusal(cls, device: torch.device, dtype: torch.dtype, block_size: int) -> str | None:
-        """Never refuses: it is the fallback."""
+        """Refuses what holds no numbers; it is the fallback everywhere else."""
+        if device.type == "meta":
+            return "rows are grouped by their number of blocks, which tensors on the meta device do not hold"
         return None
 
     @classmethod

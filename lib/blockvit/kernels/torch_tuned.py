@@ -9,7 +9,6 @@ bias expanded, the output row-major. Inference only: it has no gradients. float3
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,9 +54,8 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-@lru_cache(maxsize=4096)
+@tuning.remembered
 def _launch(
-    stored: int,
     device: torch.device,
     out_features: int,
     in_features: int,
@@ -66,7 +64,7 @@ def _launch(
     dtype: torch.dtype,
     nnz: int,
 ) -> tuple[dict[str, int], int]:
-    """Parameters and padded tokens of a call; remembered, because a look-up takes longer than a small product."""
+    """Parameters and padded tokens of a call."""
     key = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz)
     entry = tuning.nearest(tuning.entries(device, NAME), key)
     if entry is None:
@@ -105,7 +103,7 @@ def launch(
 def _linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, rows: int, bias: Tensor | None) -> Tensor:
     tokens, columns = x.shape
     nnz, block_size, _ = values.shape
-    meta, padded = _launch(tuning.stored(), x.device, rows, columns, tokens, block_size, x.dtype, nnz)
+    meta, padded = _launch(x.device, rows, columns, tokens, block_size, x.dtype, nnz)
     return launch(pad_tokens(x, padded), bsr_tensor(crow, col, values, rows, columns), bias, meta)[:tokens]
 
 

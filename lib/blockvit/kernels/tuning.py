@@ -13,20 +13,21 @@ What a key and its parameters hold is the backend's own business; which entry fi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 
 from .. import files
 from ..machine import versions
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Entry(TypedDict):
@@ -51,12 +52,17 @@ class TuningFileError(ValueError):
     """A file of tuned parameters that cannot be read as one."""
 
 
-_stored = 0
+_remembered: list[Callable[..., Any]] = []
 
 
-def stored() -> int:
-    """How often this process has stored an entry: part of the cache key of whoever remembers what it looked up."""
-    return _stored
+def remembered(look_up: Callable[P, T]) -> Callable[P, T]:
+    """Remember what ``look_up`` answers by its arguments, until this process stores an entry; a decorator.
+
+    A look-up takes longer than a small product.
+    """
+    cached = lru_cache(maxsize=4096)(look_up)
+    _remembered.append(cached)
+    return cached
 
 
 def folder() -> Path:
@@ -178,7 +184,6 @@ def store(
         TuningFileError: the file that is there is damaged; it is left as it is.
         OSError: the folder cannot be written; the message names ``$BLOCKVIT_TUNED``.
     """
-    global _stored
     entry: Entry = {
         "key": dict(key),
         "parameters": dict(parameters),
@@ -191,20 +196,17 @@ def store(
     file = path(device_name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(file.parent):
             backends = dict(load(device_name))
             others = [other for other in backends.get(backend, []) if other["key"] != entry["key"]]
             backends[backend] = [*others, entry]
             files.write(file, _text(device_name, backends))
-        finally:
-            os.close(lock)  # which releases the lock
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; set $BLOCKVIT_TUNED to a folder that can be written", str(file)
         ) from error
-    _stored += 1
+    for look_up in _remembered:
+        look_up.cache_clear()
     return entry
 
 

@@ -8,7 +8,7 @@ its time is taken.
 from .conversion import ConversionCase
 from .device import CeilingCase, TuningCase, tuning_cases
 from .grid import ModelGrid
-from .layers import VIT_B_16_SHAPES, VIT_B_16_TOKENS, LinearCase, linear_cases
+from .layers import LinearCase, linear_cases
 from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
 from .training import TrainingStepCase, step_cases
@@ -21,8 +21,6 @@ __all__ = [
     "FUSED_MLP",
     "SCOPES",
     "TAILS",
-    "VIT_B_16_SHAPES",
-    "VIT_B_16_TOKENS",
     "CeilingCase",
     "ConversionCase",
     "LinearCase",

@@ -12,20 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import engines, semi_structured
+from .. import semi_structured
 from ..bench import DTYPES, Effort, precision_class
-from ..clocks import clock_for, cuda_graph
+from ..clocks import clock_for
 from ..convert import random_block_mask_
 from ..linear import BlockSparseLinear
-from .modes import CUDA_GRAPH, compiled, runnable_modes
+from .modes import dense_call, runnable_modes
 from .variants import Variant, latency_key, measure_group, runnable
-
-VIT_B_16_TOKENS = 197
-"""Tokens of one 224x224 image in ViT-B/16: 196 patches and the class token."""
-
-
-VIT_B_16_SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072), (1000, 768))
-"""``(out, in)`` of ViT-B/16's linear layers: out_proj, qkv, mlp.0, mlp.3, head."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +84,7 @@ class LinearCase:
             full, modes = _dense_layer(self.shape, device, dtype, self.seed), self._dense_keys(device)
             variants = [Variant(modes[0], lambda: through(linear))]
             variants += [
-                Variant(key, partial(_dense_call, full, key["compile"], x, device), partial(full, x))
-                for key in modes[1:]
+                Variant(key, partial(dense_call, full, key["compile"], x), partial(full, x)) for key in modes[1:]
             ]
             variants += [
                 Variant(self._sparse_key(name), partial(block_sparse, name), through(linear))
@@ -112,21 +104,6 @@ def _dense_layer(shape: tuple[int, int], device: torch.device, dtype: torch.dtyp
     torch.manual_seed(seed)
     with torch.inference_mode(False):  # whether it is measured or exported, whoever asks first
         return nn.Linear(shape[1], shape[0], device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def _dense_call(layer: nn.Linear, mode: str, x: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    if mode == CUDA_GRAPH:
-        return cuda_graph(lambda: layer(x))
-    return partial(_dense_engine(layer, mode, tuple(x.shape), device, torch.get_num_threads()), x)
-
-
-@lru_cache(maxsize=8)
-def _dense_engine(
-    layer: nn.Linear, mode: str, shape: tuple[int, ...], device: torch.device, threads: int
-) -> Callable[[Tensor], Tensor]:
-    if mode in engines.ENGINES:
-        return engines.prepare(mode, layer, torch.zeros(shape, dtype=layer.weight.dtype), threads)
-    return compiled(layer, device, mode)
 
 
 def linear_cases(

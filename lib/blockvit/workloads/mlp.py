@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..bench import Effort, precision_class
-from ..clocks import clock_for, cuda_graph
+from ..clocks import clock_for
 from ..convert import random_block_mask_
-from .modes import CUDA_GRAPH, compiled, runnable_modes
+from .modes import dense_call, runnable_modes
 from .variants import Variant, convert, latency_key, measure_group, runnable
 
 
@@ -75,9 +75,7 @@ class MLPCase:
                 return partial(convert(nn.Sequential(copy.deepcopy(pruned)), name, self.block_size), x)
 
             variants = [
-                Variant(
-                    key, partial(_dense_call, full, key["compile"], x, device), partial(full, x) if number else None
-                )
+                Variant(key, partial(dense_call, full, key["compile"], x), partial(full, x) if number else None)
                 for number, key in enumerate(self._dense_keys(device))
             ]
             variants += [
@@ -93,17 +91,6 @@ def _dense_mlp(width: int, hidden: int, device: torch.device, dtype: torch.dtype
     with torch.inference_mode(False):  # whether it is measured or compiled, whoever asks first
         layers = nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
         return nn.Sequential(*layers).to(device, dtype).eval().requires_grad_(False)
-
-
-def _dense_call(mlp: nn.Sequential, mode: str, x: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    if mode == CUDA_GRAPH:
-        return cuda_graph(lambda: mlp(x))
-    return partial(mlp if mode == "eager" else _compiled_mlp(mlp, mode, device), x)
-
-
-@lru_cache(maxsize=4)
-def _compiled_mlp(mlp: nn.Sequential, mode: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    return compiled(mlp, device, mode)
 
 
 def mlp_cases(

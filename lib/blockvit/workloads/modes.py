@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import engines
 from ..bench import DTYPES
+from ..clocks import cuda_graph
 
 CUDA_GRAPH = "cudagraph"
 """The mode that records an eager model's kernels once and replays them: no launch from Python."""
@@ -30,12 +32,35 @@ def compiled(model: nn.Module, device: torch.device, mode: str) -> Callable[[Ten
     return torch.compile(model, mode=None if mode == "compile" else mode, **how)
 
 
+def dense_call(model: nn.Module, mode: str, x: Tensor) -> Callable[[], Tensor]:
+    """``model(x)``, run in ``mode``: the call that is timed. What is prepared for it is kept for the next cells."""
+    if mode == "eager":
+        return partial(model, x)
+    if mode == CUDA_GRAPH:
+        return cuda_graph(lambda: model(x))
+    return partial(_prepared(model, mode, tuple(x.shape), x.dtype, x.device, torch.get_num_threads()), x)
+
+
+@lru_cache(maxsize=8)  # the next cells of a grid have the same dense model; preparing it takes longer than timing it
+def _prepared(
+    model: nn.Module, mode: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int
+) -> Callable[[Tensor], Tensor]:
+    if mode in engines.ENGINES:
+        return engines.prepare(mode, model, torch.zeros(shape, dtype=dtype, device=device), threads)
+    return compiled(model, device, mode)
+
+
 def mode_refusal(mode: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model cannot be run in ``mode`` there, or None: engines are for CPUs, CUDA graphs for GPUs."""
+    """Why a model cannot be run in ``mode`` there, or None.
+
+    Engines are for CPUs, CUDA graphs for GPUs, and ``torch.compile`` has one mode on a CPU: see ``compiled``.
+    """
     if mode in engines.ENGINES:
         return engines.refusal(mode, device, dtype)
     if mode == CUDA_GRAPH and device.type != "cuda":
         return f"CUDA graphs need an NVIDIA GPU, and the device is {device}"
+    if device.type == "cpu" and mode not in ("eager", "compile"):
+        return "on a CPU a model is compiled with frozen weights, which goes with no mode; ask for 'compile'"
     return None
 
 

@@ -35,7 +35,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from . import parameters as tuned
 from .epilogue import INTERPRETED, activate, multiply_add
 
@@ -175,7 +174,7 @@ def launch(
     if parameters is None:
         entries, group = values.shape[0], height // width
         weight = out_features, x.shape[1], width, x.dtype, entries if nnz is None else nnz
-        parameters = tuned.linear(tuning.stored(), x.device, tokens, *weight, precision, group, entries)
+        parameters = tuned.linear(x.device, tokens, *weight, precision, group, entries)
     y = x.new_empty(tokens, out_features)
     tiles = triton.cdiv(tokens, parameters["BLOCK_M"])
     grid = (groups * (height // parameters["BLOCK_N"]), min(tiles, MOST_TILES), triton.cdiv(tiles, MOST_TILES))

@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -372,9 +371,8 @@ def key(sizes: tuple[int, int], tokens: int, block_size: int, dtype: torch.dtype
     return tuning.key(hidden, in_features, tokens, block_size, dtype, nnz, precision)
 
 
-@lru_cache(maxsize=4096)
+@tuning.remembered
 def _parameters(
-    stored: int,
     device: torch.device,
     sizes: tuple[int, int],
     tokens: int,
@@ -384,7 +382,7 @@ def _parameters(
     precision: str,
     height: int,
 ) -> Mapping[str, int]:
-    """Tuned for this GPU, else by rule. Remembered; ``stored`` is ``tuning.stored()``: what was just tuned counts."""
+    """Tuned for this GPU, else by rule."""
     entries = tuning.entries(device, tuned.MLP)
     entry = tuning.nearest(entries, key(sizes, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
@@ -449,7 +447,7 @@ def mlp(
         sizes=(hidden_features, out_features),
         activations=(activation1, activation2),
         precision=precision,
-        parameters=_parameters(tuning.stored(), x.device, *like, max(height, values2.shape[1])),
+        parameters=_parameters(x.device, *like, max(height, values2.shape[1])),
     )
 
 

@@ -38,7 +38,12 @@ class Report:
     threads: int
     """Threads a program."""
     ptx: str = field(repr=False)
-    sass: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+
+    @property
+    def sass(self) -> str:
+        """The machine code, read anew from the binary: for a look at what the numbers do not tell."""
+        return _cuobjdump("-sass", self.cubin)
 
     @property
     def wgmma(self) -> bool:
@@ -105,7 +110,7 @@ def compile_for(
         shared=compiled.metadata.shared,
         threads=32 * num_warps,
         ptx=compiled.asm["ptx"],
-        sass=_cuobjdump("-sass", cubin),
+        cubin=cubin,
     )
 
 

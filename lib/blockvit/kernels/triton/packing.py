@@ -60,23 +60,6 @@ class Packed:
     values: Tensor
     rows: Tensor | None
 
-    def to_dense(self, out_features: int, in_features: int) -> Tensor:
-        """The dense matrix, its sizes padded to whole blocks; tensor operations only, so that it can be traced."""
-        groups, b = self.crow.shape[0] - 1, self.values.shape[2]
-        size, block_rows = self.values.shape[1] // b, out_features // b
-        group = torch.repeat_interleave(
-            torch.arange(groups, device=self.crow.device), self.crow.long().diff(), output_size=self.col.shape[0]
-        )
-        blocks = self.values.new_zeros(groups, size, in_features // b, b, b)
-        blocks[group, :, self.col.long()] = self.values.unflatten(1, (size, b))
-        blocks = blocks.flatten(0, 1)
-        if self.rows is not None:
-            rows = self.rows.flatten().long()
-            ordered = torch.empty_like(blocks)  # what no row is, goes behind them
-            ordered[torch.where(rows < 0, block_rows + (rows < 0).cumsum(0) - 1, rows)] = blocks
-            blocks = ordered[:block_rows]
-        return blocks.transpose(1, 2).reshape(out_features, in_features)
-
 
 def pack(weight: BSRMatrix, group: int | None = None) -> Packed:
     """``weight`` in groups of ``group`` block rows, a power of two; None: as many as cost least by ``cost``.

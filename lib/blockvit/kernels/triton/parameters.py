@@ -6,7 +6,7 @@ Never searched for in a call: ``python -m blockvit.tune`` does that, and ``kerne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -44,9 +44,8 @@ def precision(dtype: torch.dtype) -> str:
     return float32_precision() if dtype == torch.float32 else "ieee"
 
 
-@lru_cache(maxsize=4096)
+@tuning.remembered
 def linear(
-    stored: int,
     device: torch.device,
     tokens: int,
     out_features: int,
@@ -60,8 +59,7 @@ def linear(
 ) -> Mapping[str, int]:
     """Parameters for a product with a weight in groups of ``group`` block rows, which have ``entries`` in all.
 
-    Tuned for such groups and about so many tokens (``NEAR``), else by rule. Remembered by all that it depends on;
-    ``stored`` is ``tuning.stored()``, so that what has just been tuned counts.
+    Tuned for such groups and about so many tokens (``NEAR``), else by rule.
     """
     alike = [
         entry

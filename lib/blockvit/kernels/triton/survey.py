@@ -22,6 +22,9 @@ MULTIPROCESSORS = {80: 108, 90: 132}
 
 GPUS = {80: "A100", 90: "H100"}
 
+SHAPE, SPARSITY = (3072, 768), 0.9
+"""Of the weight that ``table`` is about: ViT-B/16's first MLP layer."""
+
 
 def linear(
     arch: int,
@@ -69,20 +72,16 @@ def linear(
     return offline.compile_for(linear_kernel._linear_kernel, arch, tensors, strides, constants, **how), sizes
 
 
-def packed(
-    dtype: str, block_size: int, *, sparsity: float, out_features: int = 3072, in_features: int = 768
-) -> packing.Packed:
-    """A weight of random blocks, grouped as a conversion would group it where nothing was tuned."""
-    blocks = out_features // block_size, in_features // block_size
-    kept = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) >= sparsity
+def packed(dtype: str, block_size: int) -> packing.Packed:
+    """A weight of ``SHAPE`` and random blocks, grouped as a conversion would group it where nothing was tuned."""
+    blocks = [size // block_size for size in SHAPE]
+    kept = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) >= SPARSITY
     weight = kept.to(DTYPES[dtype]).repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
     return packing.pack(BSRMatrix.from_dense(weight, block_size))
 
 
-def table(
-    archs: Iterable[int], dtypes: Iterable[str], block_sizes: Iterable[int], *, sparsity: float = 0.9
-) -> pd.DataFrame:
-    """A row a case of ViT-B/16's first MLP layer: block rows a program, its tile, and what it needs of the GPU.
+def table(archs: Iterable[int], dtypes: Iterable[str], block_sizes: Iterable[int]) -> pd.DataFrame:
+    """A row a case of ViT-B/16's first MLP layer at 90%: block rows a program, its tile, and what it needs of the GPU.
 
     ``rows`` are the block rows a program computes, ``packed`` is how many times the blocks of the weight its packing
     holds, ``spills`` are bytes a thread, ``KiB`` is shared memory, ``programs`` is how many one multiprocessor holds at
@@ -90,7 +89,7 @@ def table(
     """
     rows: list[dict[str, Any]] = []
     for arch, dtype, block_size in itertools.product(archs, dtypes, block_sizes):
-        weight = packed(dtype, block_size, sparsity=sparsity)
+        weight = packed(dtype, block_size)
         entries, height, _ = weight.values.shape
         length = entries * block_size / (weight.crow.numel() - 1)
         report, sizes = linear(arch, dtype, block_size, height // block_size, length=length)
