@@ -475,7 +475,7 @@ def test_readme_is_refreshed_after_the_claims(study, monkeypatch):
 def test_missing_claims_marker_is_told_before_the_run(study):
     write_notebook(study, "06_claims", "x = 1")
     (study / "README.md").write_text("# Study\n")
-    with pytest.raises(ValueError, match="'<!-- claims:begin -->' 0 times, expected once"):
+    with pytest.raises(ValueError, match="'<!-- speed:begin -->' 0 times, expected once"):
         pipeline.reproduce(root=study)
     assert not (study / "build").exists()
 
