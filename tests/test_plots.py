@@ -628,6 +628,9 @@ def test_contenders_by_precision():
     assert [name for name in names if name in GPU_PEAK] == ["fp32", "tf32", "bf16"]
     assert len(lines_of(axes, "2:4, no blocks")) == 1 and names.index("2:4 (50%)") > names.index("bf16")
     rows = gpu_speedups()
+    mlps = gpu_linear(GPU_SHAPE).assign(model="768x3072x768")
+    title = plots.contenders(results.speedups(mlps), 0.9, by="precision").get_suptitle()
+    assert title == "MLPs of ViT-B/16, 50432 tokens: which backend is fastest, blocks 90% sparse"
     with pytest.raises(ValueError, match="limits are those of a shape"):
         plots.contenders(rows, 0.9, by="precision", limits=least(rows))
 

@@ -146,7 +146,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.22 * len(variants)))
     sparsity, block = rows["sparsity"].iloc[0], rows["block_size"].iloc[0]
     at = f"{sparsity:.0%} sparse in blocks of {block:.0f}"
-    entitle(figure, f"{trained_model(rows)}, {at}: how many blocks training exchanged", trained_on(rows, bars=False))
+    entitle(figure, f"{trained_model(rows)}, {at}: blocks that training exchanged", trained_on(rows, bars=False))
     for i, variant in enumerate(variants):
         exchanged = rows[rows["variant"] == variant].groupby("scope", sort=False)["value"].mean()
         axes.plot(exchanged, [i] * len(exchanged), "|", color="0.5", ms=7, label=None if i else "a layer")

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..results import SCOPE_TITLES, newest
 from .rows import one_of, require
-from .style import WIDTH, backend_style, engine_style, entitle, legend, panel_grid, shared_xlabel, sizes_axis
+from .style import (
+    WIDTH,
+    backend_style,
+    engine_style,
+    engines_of,
+    entitle,
+    legend,
+    panel_grid,
+    shared_xlabel,
+    sizes_axis,
+)
 from .words import engine_title, measured_on, model_setting, scope_title
 
 TAILS = ("latency", "latency_p90")
@@ -68,12 +79,11 @@ def threads(rows: pd.DataFrame) -> Figure:
     entitle(figure, f"{model_setting(rows)}: time by number of threads", measured_on(rows))
     for axes, scope in zip(panels, scopes, strict=True):
         together = rows[rows["group"].isin(groups[scope]) & rows["scope"].isin(["dense", scope])]
-        for _, line in together.groupby(["backend", "compile"], sort=False):
-            is_dense, style = line["backend"].iloc[0] == "dense", _style(line.iloc[0])
-            name = f"dense, {engine_title(line['compile'].iloc[0])}" if is_dense else line["backend"].iloc[0]
-            dash = "--" if is_dense else "-"
-            values = line["value"] * 1e3
-            axes.plot(line["threads"], values, markersize=4.5, linewidth=1.2, linestyle=dash, label=name, **style)
+        dense, ours = together[together["backend"] == "dense"], together[together["backend"] != "dense"]
+        for engine in engines_of(dense):
+            _line(axes, dense[dense["compile"] == engine], f"dense, {engine_title(engine)}", "--")
+        for backend, line in ours.groupby("backend"):
+            _line(axes, line, backend, "-")
         sizes_axis(axes, rows["threads"])
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -83,6 +93,11 @@ def threads(rows: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("milliseconds")
     legend(figure)
     return figure
+
+
+def _line(axes: Axes, rows: pd.DataFrame, label: str, dash: str) -> None:
+    style = {"markersize": 4.5, "linewidth": 1.2, "linestyle": dash, **_style(rows.iloc[0])}
+    axes.plot(rows["threads"], rows["value"] * 1e3, label=label, **style)
 
 
 def _style(row: pd.Series) -> dict[str, object]:

@@ -185,8 +185,7 @@ def contenders(
     ticks = _contenders_ticks(rows, by, values)
     offsets = spread(block_sizes(rows), 0.5)
     figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + 0.155 * len(ticks)))
-    what = layers_title(rows) if by == "model" else "Sparse products"
-    entitle(figure, f"{what}: which backend is fastest, blocks {sparsity:.0%} sparse", measured_on(rows))
+    entitle(figure, f"{layers_title(rows)}: which backend is fastest, blocks {sparsity:.0%} sparse", measured_on(rows))
     for (value, backend), y in ticks.items():
         cell = rows[(rows[by] == value) & (rows["backend"] == backend)]
         for block, of_block in by_block(cell):

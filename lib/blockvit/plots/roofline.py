@@ -48,7 +48,7 @@ def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: f
     backends = sorted(set(rows["backend"]) - {"dense"})
     figure, panels = panel_grid(len(backends), 3, 2.6, sharex=True, sharey=True)
     whose = f" of {backend_title(backends[0])}" if len(backends) == 1 else ""
-    entitle(figure, f"Linear layers: arithmetic{whose} against what the device can do", measured_on(rows))
+    entitle(figure, f"Linear layers: arithmetic{whose} against what the device can do", measured_on(rows), _DENSE_RANGE)
     x = np.geomspace(rows["intensity"].min() / 1.5, rows["intensity"].max() * 1.5, 200)
     roof = np.minimum(peak, x * (bandwidth or np.inf)) / 1e9
     for axes, backend in zip(panels, backends, strict=True):
@@ -68,11 +68,15 @@ def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: f
     return figure
 
 
+_DENSE_RANGE = "dense engines: median, and 20% to 80% of the measurements"
+
+
 def _dense_engines(axes: Axes, rows: pd.DataFrame) -> None:
     """A marker an engine and token count at its median, side by side: they have the arithmetic of one another."""
     engines = engines_of(rows)
     sideways = spread(engines, -0.05 * (len(engines) - 1))
-    for (engine, _), cell in rows.groupby(["compile", "tokens"]):
+    rows = rows.sort_values("compile", key=lambda column: column.map(engines.index))
+    for (engine, _), cell in rows.groupby(["compile", "tokens"], sort=False):
         x = cell["intensity"].median() * np.exp(sideways[engine])
         low, middle, high = cell["speed"].quantile([0.2, 0.5, 0.8])
         style = {**engine_style(engine), "zorder": 3, "label": f"dense, {engine_title(engine)}"}

@@ -46,10 +46,11 @@ def layer_rank(shape: str) -> tuple[int, list[int]]:
 
 
 def layers_title(rows: pd.DataFrame) -> str:
-    """Which linear layers rows are of, and at how many tokens if that is one number."""
-    of_vit = " of ViT-B/16" if set(rows["model"]) <= set(LAYERS) else ""
-    counts = rows["tokens"].dropna().unique()
-    return f"Linear layers{of_vit}" + (f", {counts[0]:.0f} tokens" if len(counts) == 1 else "")
+    """Which linear layers, or MLPs, rows are of, and at how many tokens if that is one number."""
+    what = "Linear layers" if rows["model"].str.fullmatch(r"\d+x\d+").all() else "MLPs"
+    of_vit = " of ViT-B/16" if set(rows["model"]) <= {*LAYERS, "768x3072x768"} else ""
+    tokens = _one(rows, "tokens")
+    return f"{what}{of_vit}" + (f", {tokens:.0f} tokens" if tokens else "")
 
 
 def backend_title(backend: str) -> str:
