@@ -214,7 +214,7 @@ def execution_modes(rows: pd.DataFrame) -> Figure:
 def memory(rows: pd.DataFrame) -> Figure:
     """Model bytes and, on a GPU, peak memory of one forward pass, dense and by backend and block size, in MB.
 
-    On a CPU the peak is left out: of one dense model it differs by half from process to process.
+    On a CPU the peak is left out: that of one dense model differs up to twofold from group to group.
 
     Args:
         rows: those with metric ``model_bytes`` or ``peak_memory`` (bytes) are drawn; of one model, batch size and
