@@ -9,7 +9,8 @@ figure. What is computed for a figure and would stand in a text as well belongs 
 - ``models``: whole models: speed, memory, and converting them.
 - ``latency``: one image at a time: the distribution of the latency, and threads.
 - ``accuracy``: what sparsity costs, beside the speed it buys.
-- ``style``: what they share to draw: colours, markers, lines, axes, legends, labels, saving.
+- ``style``: what they share to draw: titles, colours, markers, lines, axes, legends, labels, saving.
+- ``words``: what they share to name: models, layers, backends, engines, machines.
 - ``rows``: what they share to read: which rows a figure may take, and those of each block size.
 """
 

@@ -1,27 +1,35 @@
-"""One image at a time: how long it takes, how long at worst, and what more threads bring."""
+"""One image at a time: how long it takes, how long when slow, and what more threads bring."""
 
 from __future__ import annotations
 
-import itertools
-
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ..results import newest
-from .models import scope_title
+from ..results import SCOPE_TITLES, newest
 from .rows import one_of, require
-from .style import ACCENT, ACCENT_TOO, DENSE, WIDTH, legend, panel_grid, shared_xlabel, sizes_axis
+from .style import (
+    WIDTH,
+    backend_style,
+    engine_style,
+    engines_of,
+    entitle,
+    legend,
+    panel_grid,
+    shared_xlabel,
+    sizes_axis,
+)
+from .words import engine_title, measured_on, model_setting, scope_title
 
-TAILS = {"latency": "o", "latency_p90": "|", "latency_p99": ">"}
-"""Metrics of a distribution of latencies and their markers: the median, the 90th and the 99th percentile."""
-
-_NAMES = {"latency": "median", "latency_p90": "90%", "latency_p99": "99%"}
+TAILS = ("latency", "latency_p90")
+"""Metrics of a distribution of latencies: its median and its 90th percentile. The 99th of a hundred samples, which the
+tables have as well, is about their maximum and no measurement."""
 
 
 def latency_tails(rows: pd.DataFrame) -> Figure:
-    """Median, 90th and 99th percentile of the latency of each variant, the fastest at the top.
+    """Median and 90th percentile of the latency of each variant, the fastest at the top.
 
     Args:
         rows: of one model, precision, batch size and number of threads, with the metrics of ``TAILS`` (s). A
@@ -33,26 +41,21 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
     one_of(rows, "model", "precision", "batch_size", "threads")
     table = rows.pivot(index="variant", columns="metric", values="value") * 1e3
     table = table.sort_values("latency", ascending=False)
-    dense = rows.groupby("variant")["backend"].first() == "dense"
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.24 * len(table)))
-    for place, (variant, times) in enumerate(table.iterrows()):
-        colour = DENSE if dense[variant] else ACCENT
-        axes.hlines(place, times["latency"], times["latency_p99"], color=colour, linewidth=1)
-        for metric, marker in TAILS.items():
-            axes.plot(times[metric], place, marker=marker, color=colour, markersize=6 if marker == "|" else 4.5)
+    kinds = rows.drop_duplicates("variant").set_index("variant")
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.22 * len(table)))
+    entitle(figure, f"{model_setting(rows)}: how long it takes", measured_on(rows))
+    for place, (variant, (median, slow)) in enumerate(table[list(TAILS)].iterrows()):
+        style = _style(kinds.loc[variant])
+        axes.hlines(place, median, slow, color=style["color"], linewidth=1)
+        axes.plot(median, place, markersize=5, **style)
+        axes.plot(slow, place, marker="|", markersize=7, color=style["color"])
         axes.annotate(
-            f"{times['latency']:.3g} / {times['latency_p99']:.3g}", (times["latency_p99"], place), xytext=(6, 0),
-            textcoords="offset points", va="center", fontsize=6.5, color=colour,
+            f"{median:.3g} / {slow:.3g}", (slow, place), xytext=(6, 0), textcoords="offset points", va="center",
+            fontsize=6.5, color=style["color"],
         )  # fmt: skip
-    for metric, marker in TAILS.items():
-        axes.plot([], [], marker=marker, color=DENSE, linestyle="none", label=_NAMES[metric])
     axes.set_yticks(range(len(table)), table.index, fontsize=7.5)
-    axes.set(
-        ylabel="engine, or backend", xlabel="milliseconds (median / 99%)", xlim=(0, 1.16 * table["latency_p99"].max())
-    )
+    axes.set(xlabel="milliseconds, median (marker) / 90% (tick)", xlim=(0, 1.16 * table["latency_p90"].max()))
     axes.grid(False, axis="y")
-    axes.set_title(_setting(rows))
-    legend(figure)
     return figure
 
 
@@ -69,21 +72,18 @@ def threads(rows: pd.DataFrame) -> Figure:
         if cell["group"].nunique() > 1:
             raise ValueError(f"one group a scope and number of threads, but {scope} at {count:.0f} has several")
     rows = rows.sort_values("threads")
-    scopes = {scope: cell["group"].unique() for scope, cell in rows[rows["backend"] != "dense"].groupby("scope")}
+    known = [*SCOPE_TITLES]
+    groups = {scope: cell["group"].unique() for scope, cell in rows[rows["backend"] != "dense"].groupby("scope")}
+    scopes = sorted(groups, key=lambda scope: (known.index(scope) if scope in known else len(known), scope))
     figure, panels = panel_grid(len(scopes), 2, 2.6, sharey=True)
-    engines = sorted(rows.loc[rows["backend"] == "dense", "compile"].unique())
-    greys = dict(zip(engines, itertools.cycle(zip(("0.2", "0.4", "0.55", "0.7"), "osD^", strict=True)), strict=False))
-    ours = sorted(set(rows["backend"]) - {"dense"})
-    colours = dict(zip(ours, itertools.cycle(zip((ACCENT, ACCENT_TOO), "vP", strict=True)), strict=False))
-    for axes, (scope, groups) in zip(panels, scopes.items(), strict=True):
-        together = rows[rows["group"].isin(groups) & rows["scope"].isin(["dense", scope])]
-        for (backend, engine), line in together.groupby(["backend", "compile"], sort=False):
-            is_dense = backend == "dense"
-            colour, marker = greys[engine] if is_dense else colours[backend]
-            axes.plot(
-                line["threads"], line["value"] * 1e3, color=colour, marker=marker, markersize=4.5, linewidth=1.2,
-                linestyle="--" if is_dense else "-", label=f"dense, {engine}" if is_dense else backend,
-            )  # fmt: skip
+    entitle(figure, f"{model_setting(rows)}: time by number of threads", measured_on(rows))
+    for axes, scope in zip(panels, scopes, strict=True):
+        together = rows[rows["group"].isin(groups[scope]) & rows["scope"].isin(["dense", scope])]
+        dense, ours = together[together["backend"] == "dense"], together[together["backend"] != "dense"]
+        for engine in engines_of(dense):
+            _line(axes, dense[dense["compile"] == engine], f"dense, {engine_title(engine)}", "--")
+        for backend, line in ours.groupby("backend"):
+            _line(axes, line, backend, "-")
         sizes_axis(axes, rows["threads"])
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -91,23 +91,23 @@ def threads(rows: pd.DataFrame) -> Figure:
         axes.set_title(scope_title(scope))
     shared_xlabel(panels, "threads")
     panels[0].set_ylabel("milliseconds")
-    figure.suptitle(_setting(rows), fontsize=9)
     legend(figure)
     return figure
 
 
+def _line(axes: Axes, rows: pd.DataFrame, label: str, dash: str) -> None:
+    style = {"markersize": 4.5, "linewidth": 1.2, "linestyle": dash, **_style(rows.iloc[0])}
+    axes.plot(rows["threads"], rows["value"] * 1e3, label=label, **style)
+
+
+def _style(row: pd.Series) -> dict[str, object]:
+    return engine_style(row["compile"]) if row["backend"] == "dense" else backend_style(row["backend"])
+
+
 def _labels(rows: pd.DataFrame) -> list[str]:
-    """``dense, openvino`` for an engine, ``cpu, mlp`` for a backend and what of the model is sparse."""
+    """``dense, OpenVINO`` for an engine, ``cpu, mlp`` for a backend and what of the model is sparse."""
     return [
-        f"dense, {row.compile}" if row.backend == "dense"
+        f"dense, {engine_title(row.compile)}" if row.backend == "dense"
         else f"{row.backend}, {row.scope} sparse" + ("" if row.compile == "eager" else f", {row.compile}")
         for row in rows.itertuples()
     ]  # fmt: skip
-
-
-def _setting(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    sparse = rows[rows["backend"] != "dense"].iloc[:1]
-    told = [first["model"], first["precision"], f"batch {first['batch_size']:.0f}"]
-    told += [f"{row.sparsity:.0%} in blocks of {row.block_size:.0f}" for row in sparse.itertuples()]
-    return ", ".join(told)

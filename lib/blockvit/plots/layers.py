@@ -6,13 +6,13 @@ drawn.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
@@ -29,6 +29,7 @@ from .style import (
     block_style,
     draw_band,
     draw_line,
+    entitle,
     legend,
     limit_line,
     panel_grid,
@@ -41,15 +42,19 @@ from .style import (
     speedup_axis,
     spread,
 )
+from .words import backend_title, layer_rank, layer_title, layers_title, measured_on
 
 
 def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
     """Speedup over dense of one backend: a panel a block size, a row a shape and token count, a column a sparsity."""
     rows = require(speedups[speedups["backend"] == backend], f"linear layers through {backend!r}")
-    rows = rows.assign(layer=rows["model"] + ", " + rows["tokens"].astype(int).astype(str) + " tokens")
-    layers = sorted(rows["layer"].unique(), key=lambda s: [int(n) for n in re.findall(r"\d+", s)][::-1])
+    rows = rows.assign(layer=[_layer(*kind) for kind in rows[["model", "tokens"]].itertuples(index=False)])
+    kinds = rows[["tokens", "model", "layer"]].drop_duplicates()
+    layers = [
+        kind[2] for kind in sorted(kinds.itertuples(index=False), key=lambda kind: (kind[0], layer_rank(kind[1])))
+    ]
     blocks = list(by_block(rows))
-    figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 1.1 + 0.24 * len(layers)), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 1.4 + 0.24 * len(layers)), sharey=True, squeeze=False)
     one_of(rows, "precision")
     norm = TwoSlopeNorm(vcenter=0, vmin=min(-0.01, *_log_range(rows)), vmax=max(0.01, *_log_range(rows)))
     for axes, (block, cells) in zip(panels[0], blocks, strict=True):
@@ -64,9 +69,13 @@ def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
         axes.set(title=f"blocks of {block}×{block}" if block else NO_BLOCKS, xlabel="sparsity", ylabel="")
         axes.tick_params(axis="x", rotation=90)
         axes.tick_params(axis="y", rotation=0)
-    panels[0, 0].set_ylabel("layer, out×in")
-    figure.suptitle(f"speedup of {backend!r} over dense: above 1 purple, below 1 orange", fontsize=9)
+    title = f"Linear layers: speedup of {backend_title(backend)} over {baseline(rows)}"
+    entitle(figure, title, measured_on(rows), "layers as outputs×inputs; purple is faster than dense, orange slower")
     return figure
+
+
+def _layer(shape: str, tokens: float) -> str:
+    return f"{layer_title(shape)}, {tokens:.0f} tokens"
 
 
 def _log_range(rows: pd.DataFrame) -> tuple[float, float]:
@@ -80,7 +89,7 @@ def linear_speedup(
     limits: pd.DataFrame | None = None,
     headline: float | None = None,
 ) -> Figure:
-    """Speedup against sparsity of single layers, a row a backend, a panel a shape, a line a block size.
+    """Speedup against sparsity of single layers, a row a backend, a panel a shape, a line a block size, on one scale.
 
     The ticks at 1× are the break-evens of the lines as drawn, straight on the logarithmic axis (``break_even(...,
     log=True)``). Backends without blocks (2:4) have no row: their point stands in every panel of its shape.
@@ -102,9 +111,10 @@ def linear_speedup(
         len(shapes),
         figsize=(WIDTH, max(3.0, 1.0 + 1.3 * len(present))),
         sharex=True,
-        sharey="row",
+        sharey=True,
         squeeze=False,
     )
+    entitle(figure, _speedup_title(rows, present), measured_on(rows))
     sparsities = sorted(rows.loc[rows["block_size"].notna() | (not blocked), "sparsity"].unique())
     for row, backend in enumerate(present):
         for axes, shape in zip(panels[row], shapes, strict=True):
@@ -131,75 +141,99 @@ def linear_speedup(
             if cell.empty and len(blocked):
                 axes.text(0.5, 0.1, "not measured", transform=axes.transAxes, ha="center", fontsize=6, color=DENSE)
             speedup_axis(axes)
-            axes.set_xticks(sparsities)
-            axes.tick_params(axis="x", labelsize=6, rotation=90)
             axes.tick_params(axis="y", labelsize=7)
-            percent_axis(axes)
+            percent_axis(axes, sparsities)
             if row == 0:
-                axes.set_title(shape)
-        panels[row, 0].set_ylabel(backend)
+                axes.set_title(layer_title(shape))
+        if len(present) > 1:
+            panels[row, 0].set_ylabel(backend)
     shared_xlabel(panels[-1], "sparsity")
     legend(figure)
     shared_ylabel(figure, f"speedup over {baseline(rows)}")
     return figure
 
 
+def _speedup_title(rows: pd.DataFrame, backends: Sequence[str]) -> str:
+    whose = f"speedup of {backend_title(backends[0])}" if len(backends) == 1 else "speedup of each backend"
+    return f"{layers_title(rows)}: {whose} by sparsity"
+
+
 def contenders(
     speedups: pd.DataFrame, sparsity: float, by: str = "model", limits: pd.DataFrame | None = None
 ) -> Figure:
-    """Who is fastest: a row a backend, the fastest at the top, a marker a block size, a panel a shape or a precision.
+    """Who is fastest: for each shape or precision a row a backend, the fastest at the top, a marker a block size.
 
-    A marker is the median over the panel's rows, the line through it their 20% to 80% range of repeats (median of each
-    end). Backends without blocks (2:4) are drawn at the one sparsity that they have, which their name tells.
+    A marker is the median over its rows, the line through it their 20% to 80% range of repeats (median of each end).
+    Backends without blocks (2:4) are drawn at the one sparsity that they have, which their name tells.
 
     Args:
         speedups: of one precision, unless ``by`` is ``"precision"``; over whichever dense variant they are.
         sparsity: of the block-sparse backends.
-        by: the column that panels differ in, ``"model"`` (a shape) or ``"precision"``.
+        by: the column that groups of rows differ in, ``"model"`` (a shape) or ``"precision"``.
         limits: ``limits.linear_seconds`` of ``speedups``; what no kernel can beat at ``sparsity``, drawn dashed; only
-            where panels are shapes.
+            where groups are shapes.
     """
     if limits is not None and by != "model":
-        raise ValueError(f"limits are those of a shape, and panels differ in {by!r}; leave out limits, or by")
+        raise ValueError(f"limits are those of a shape, and groups differ in {by!r}; leave out limits, or by")
     blocked = np.isclose(speedups["sparsity"], sparsity) & speedups["block_size"].notna()
     require(speedups[blocked], f"block-sparse layers at {sparsity:.0%}")
     rows = speedups[blocked | speedups.index.isin(without_blocks(speedups).index)]
     if by != "precision":
         one_of(rows, "precision")
         _one_token_count(rows)
-    names = {
-        backend: backend if cell["block_size"].notna().any() else f"{backend} ({cell['sparsity'].iloc[0]:.0%})"
-        for backend, cell in rows.groupby("backend")
-    }
-    backends = list(rows.groupby("backend")["speedup"].median().sort_values().index)
-    blocks = block_sizes(rows)
-    offsets = spread(blocks, 0.66)
     values = _shapes(rows) if by == "model" else sorted(rows[by].unique(), key=_precision_rank)
-    height = 0.4 + (0.1 + 0.08 * len(blocks)) * len(backends)
-    figure, panels = panel_grid(len(values), 3, height, sharex=True, sharey=True)
-    for axes, value in zip(panels, values, strict=True):
-        panel = rows[rows[by] == value]
-        for place, backend in enumerate(backends):
-            for block, cell in by_block(panel[panel["backend"] == backend]):
-                y = place + offsets.get(block, 0.0)
-                colour = block_style(block)["color"]
-                axes.hlines(y, cell["speedup_low"].median(), cell["speedup_high"].median(), color=colour, lw=0.9)
-                draw_line(axes, [cell["speedup"].median()], [y], block, linestyle="none")
-        axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
-        if limits is not None:
-            bound = _limits(panel[panel["block_size"].notna()], limits).median()
-            axes.axvline(bound, color=DENSE, linestyle="--", linewidth=1, label=_limit_name(limits))
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(as_ratios))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yticks(range(len(backends)), [names[b] for b in backends])
-        axes.set(title=value, ylim=(-0.6, len(backends) - 0.4))
-        axes.tick_params(labelsize=7.5)
-    shared_xlabel(panels, f"speedup over {baseline(rows)}")
-    figure.suptitle(f"blocks {sparsity:.0%} sparse", fontsize=9)
+    ticks = _contenders_ticks(rows, by, values)
+    offsets = spread(block_sizes(rows), 0.5)
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + 0.155 * len(ticks)))
+    entitle(figure, f"{layers_title(rows)}: which backend is fastest, blocks {sparsity:.0%} sparse", measured_on(rows))
+    for (value, backend), y in ticks.items():
+        cell = rows[(rows[by] == value) & (rows["backend"] == backend)]
+        for block, of_block in by_block(cell):
+            _contender(axes, of_block, y - offsets.get(block, 0.0), block)
+    if limits is not None:
+        for value in values:
+            places = [y for (of, _), y in ticks.items() if of == value]
+            bound = _limits(rows[(rows[by] == value) & rows["block_size"].notna()], limits).median()
+            limit_line(axes, [bound, bound], [min(places), max(places) + 0.5], _limit_name(limits))
+    axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(as_ratios))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(ylim=(max(ticks.values()) + 0.6, -0.7), xlabel=f"speedup over {baseline(rows)}")
+    axes.grid(False, axis="y")
+    _name_contenders(axes, ticks, rows)
     legend(figure)
-    shared_ylabel(figure, "backend")
     return figure
+
+
+def _contenders_ticks(rows: pd.DataFrame, by: str, values: Sequence[str]) -> dict[tuple[str, str | None], float]:
+    """The height of each group's heading (backend None) and of its backends, in the order of their overall medians."""
+    order = rows.groupby("backend")["speedup"].median().sort_values(ascending=False).index
+    ticks, y = {}, 0.0
+    for value in values:
+        there = set(rows.loc[rows[by] == value, "backend"])
+        for backend in [None, *(b for b in order if b in there)]:
+            ticks[value, backend] = y
+            y += 1.0
+        y += 0.3
+    return ticks
+
+
+def _contender(axes: Axes, rows: pd.DataFrame, y: float, block: int | None) -> None:
+    colour = block_style(block)["color"]
+    axes.hlines(y, rows["speedup_low"].median(), rows["speedup_high"].median(), color=colour, lw=0.9)
+    draw_line(axes, [rows["speedup"].median()], [y], block, linestyle="none")
+
+
+def _name_contenders(axes: Axes, ticks: Mapping[tuple[str, str | None], float], rows: pd.DataFrame) -> None:
+    """Headings in bold above the names of backends; a backend without blocks has its sparsity in its name."""
+    without = without_blocks(rows).groupby("backend")["sparsity"].first()
+    told = {backend: f"{backend} ({sparsity:.0%})" for backend, sparsity in without.items()}
+    names = [told.get(backend, backend) if backend else layer_title(value) for value, backend in ticks]
+    axes.set_yticks(list(ticks.values()), names, fontsize=7.5)
+    for label, (_, backend) in zip(axes.get_yticklabels(), ticks, strict=True):
+        label.set_fontweight("bold" if backend is None else "normal")
+    axes.tick_params(axis="y", length=0)
 
 
 def large_matmuls(
@@ -224,6 +258,8 @@ def large_matmuls(
     figure, panels = plt.subplots(
         len(values), len(sparsities), figsize=(WIDTH, 1.3 + 1.2 * len(values)), sharex=True, sharey=True, squeeze=False
     )
+    whose = f": speedup of {backend_title(values[0])}" if by == "backend" and len(values) == 1 else ": speedup"
+    entitle(figure, f"Large square products{whose} by their size", measured_on(blocked))
     for line_of_panels, value in zip(panels, values, strict=True):
         for axes, sparsity in zip(line_of_panels, sparsities, strict=True):
             cell = blocked[(blocked[by] == value) & (blocked["sparsity"] == sparsity)]
@@ -254,7 +290,7 @@ def large_matmuls(
 
 
 def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | None = None) -> Figure:
-    """Useful arithmetic of each backend, as a share of the device's measured dense peak, against sparsity.
+    """Useful arithmetic of each backend, as a share of the fastest dense product measured, against sparsity.
 
     Useful is what the kept blocks need (``limits.kept_share``), padding excluded. A line is the median over layers,
     the shaded range spans 20% to 80% of them. Backends without blocks (2:4) are a point in every panel.
@@ -271,6 +307,7 @@ def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | No
     backends = require(rows[rows["block_size"].notna()], "block-sparse linear layers")["backend"].unique()
     dense = rows.loc[rows["backend"] == "dense", "share"].median()
     figure, panels = panel_grid(len(backends), 3, 1.9, sharex=True, sharey=True)
+    entitle(figure, f"{layers_title(rows)}: arithmetic on kept blocks, by sparsity", measured_on(rows))
     for axes, backend in zip(panels, sorted(backends), strict=True):
         cell = rows[rows["backend"] == backend]
         for block in block_sizes(cell):
@@ -286,10 +323,10 @@ def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | No
             reference_line(axes, dense, "dense layers, median")
         axes.set(title=backend, ylim=(0, max(1.03, 1.03 * rows["share"].max())))
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-        percent_axis(axes)
+        percent_axis(axes, rows.loc[rows["block_size"].notna(), "sparsity"])
     shared_xlabel(panels, "sparsity")
     legend(figure)
-    shared_ylabel(figure, "of the measured dense peak")
+    shared_ylabel(figure, "share of the fastest dense product")
     return figure
 
 
@@ -299,7 +336,7 @@ def _one_token_count(rows: pd.DataFrame) -> None:
 
 
 def _shapes(rows: pd.DataFrame) -> list[str]:
-    return sorted(rows["model"].unique(), key=lambda shape: [int(n) for n in re.findall(r"\d+", shape)])
+    return sorted(rows["model"].unique(), key=layer_rank)
 
 
 def _limit_name(limits: pd.DataFrame) -> str:

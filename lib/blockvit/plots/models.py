@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ..limits import amdahl
-from ..results import SCOPE_TITLES
 from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
 from .style import (
     ACCENT,
@@ -23,6 +22,9 @@ from .style import (
     block_style,
     draw_band,
     draw_line,
+    engine_style,
+    engines_of,
+    entitle,
     legend,
     limit_line,
     panel_grid,
@@ -35,21 +37,18 @@ from .style import (
     sizes_axis,
     spread,
 )
+from .words import backend_title, engine_title, measured_on, model_setting, scope_title
 
 AMDAHL = "Amdahl's law, one rate"
 """No limit for a kernel that does its arithmetic at a higher rate than the dense one."""
 
 
-def scope_title(scope: str) -> str:
-    """A panel's title for what is sparse in it."""
-    return f"{SCOPE_TITLES.get(scope, scope)} sparse"
-
-
-_MODES = {"eager": "o", "max-autotune": "s", "cudagraph": "^", "compile": "D", "onnxruntime": "v", "openvino": "P"}
-
-
 def model_speedup(
-    speedups: pd.DataFrame, backend: str, shares: Mapping[str, float], published: pd.DataFrame | None = None
+    speedups: pd.DataFrame,
+    backend: str,
+    shares: Mapping[str, float],
+    published: pd.DataFrame | None = None,
+    published_loss: pd.DataFrame | None = None,
 ) -> Figure:
     """End-to-end speedup against sparsity, a panel a scope, a line a block size, Amdahl's law drawn in.
 
@@ -61,6 +60,7 @@ def model_speedup(
         shares: for each scope, the share of the model's arithmetic that it holds.
         published: published speedups with ``scope``, ``block_size``, ``sparsity``, ``value`` and ``device``, drawn
             hollow: those of ``results.published_speedups`` that compare with this model and precision.
+        published_loss: ``results.published_losses`` of this model; told in the panel of the MLP beside those points.
     """
     of_scopes = speedups[speedups["scope"].isin(shares)]
     mine = require(of_scopes[of_scopes["backend"] == backend], f"whole models through {backend!r}")
@@ -68,7 +68,9 @@ def model_speedup(
     rows = _fastest(of_scopes, ("backend", "scope", "block_size", "sparsity")).sort_values("sparsity")
     scopes = [s for s in shares if s in set(mine["scope"])]
     figure, panels = panel_grid(len(scopes), 3, 2.4)
-    devices: set[str] = set()
+    entitle(figure, f"{_whole_models(mine)}: speedup of {backend_title(backend)}", measured_on(mine))
+    like = pd.DataFrame(columns=["scope"]) if published is None else published.dropna(subset="sparsity")
+    drawn = []
     for axes, scope in zip(panels, scopes, strict=True):
         cell = rows[(rows["scope"] == scope) & (rows["backend"] == backend)]
         for block in block_sizes(cell):
@@ -78,18 +80,43 @@ def model_speedup(
         points_without_blocks(axes, rows[rows["scope"] == scope])
         s = np.linspace(cell["sparsity"].min(), cell["sparsity"].max(), 100)
         limit_line(axes, s, amdahl(s, shares[scope]), AMDAHL)
-        points = [] if published is None else published[published["scope"] == scope].dropna(subset="sparsity")
-        for point in points.itertuples() if len(points) else ():
+        points = like[like["scope"] == scope]
+        for point in points.itertuples():
             published_point(axes, point.sparsity, point.value, point.block_size)
-            devices.add(str(point.device))
+        drawn.append(points)
         reference_line(axes)
-        percent_axis(axes)
+        percent_axis(axes, cell["sparsity"])
         axes.yaxis.set_major_formatter(FuncFormatter(as_times))
         axes.set(title=scope_title(scope), xlabel="sparsity", ylim=(0, None))
-    panels[0].set_ylabel(f"speedup over {baseline(mine)}")
-    figure.suptitle(": ".join(filter(None, (backend, _setting(mine)))), fontsize=9)
-    legend(figure, f"published ({', '.join(sorted(devices))})" if devices else None)
+        if published_loss is not None and len(points):
+            _tell_losses(axes, published_loss[published_loss["sparsity"].isin(points["sparsity"])])
+    legend(figure, _published_label(drawn))
+    shared_ylabel(figure, f"speedup over {baseline(mine)}")
     return figure
+
+
+def _published_label(published: Sequence[pd.DataFrame]) -> str | None:
+    """Where and over what the points that are drawn were published; None if there are none."""
+    points = pd.concat(published)
+    if points.empty:
+        return None
+    devices, batches = sorted(set(points["device"].dropna())), sorted(set(points["batch_size"].dropna()))
+    where = [*devices, *(f"batch {batch:.0f}" for batch in batches)]
+    return f"published: {', '.join([*where, 'over eager dense'])}"
+
+
+def _tell_losses(axes: Axes, losses: pd.DataFrame) -> None:
+    """What the published models lost in accuracy, small and grey above everything that is drawn."""
+    lines = [
+        f"{block}×{block}: " + ", ".join(f"{row.lost:.2g} at {row.sparsity:.0%}" for row in cell.itertuples())
+        for block, cell in losses.groupby(losses["block_size"].astype(int))
+    ]
+    if lines:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, low + (high - low) * (1.06 + 0.06 * len(lines)))
+        text = "\n".join(["points of ImageNet that published models lost", *lines])
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=6, color="0.45", bbox=box)
 
 
 def batch_sizes(
@@ -110,6 +137,7 @@ def batch_sizes(
     rows = _fastest(rows, ("backend", "batch_size", "block_size"))
     present = [b for b in backends if b in set(rows["backend"])]
     figure, panels = panel_grid(len(present), 3, 2.0, sharex=True, sharey=True)
+    entitle(figure, f"{model_setting(rows)}: speedup by batch size", measured_on(rows))
     for axes, backend in zip(panels, present, strict=True):
         for block, cell in by_block(rows[rows["backend"] == backend]):
             line = cell.sort_values("batch_size")
@@ -150,27 +178,24 @@ def execution_modes(rows: pd.DataFrame) -> Figure:
     best = speed["value"].groupby("variant").max().sort_values()
     order = [*(v for v in best.index if v != "dense"), *(["dense"] if "dense" in best else [])]
     blocks = rows.groupby("variant")["block_size"].first()
-    present = set(rows["compile"])
-    modes = [*(m for m in _MODES if m in present), *sorted(present - set(_MODES))]
-    markers = {**dict(zip(modes, itertools.cycle("*<>X"), strict=False)), **_MODES}
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + (0.11 + 0.095 * len(modes)) * len(order)))
+    modes = engines_of(rows)
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + (0.11 + 0.095 * len(modes)) * len(order)))
+    entitle(figure, f"{model_setting(rows)}: every way to run it", measured_on(rows))
     for place, variant in enumerate(order):
-        colour = DENSE if variant == "dense" else block_style(blocks[variant])["color"]
+        colour = None if variant == "dense" else block_style(blocks[variant])["color"]
         ways = speed.loc[variant]
         offsets = spread([mode for mode in modes if mode in ways.index], min(0.56, 0.14 * len(ways)))
         for mode, cell in ways.iterrows():
             y = place + offsets[mode]
-            fill = "white" if mode == "eager" else colour
+            style = {**engine_style(mode), **({"color": colour} if colour else {})}
             if cell["low"] == cell["low"]:  # the slow end of the times is the low end of the speed
-                axes.hlines(y, cell["high"], cell["low"], color=colour, linewidth=1, zorder=2)
-            axes.plot(
-                cell["value"], y, marker=markers[mode], markersize=4.5, color=colour, markerfacecolor=fill, zorder=3
-            )  # fmt: skip
+                axes.hlines(y, cell["high"], cell["low"], color=style["color"], linewidth=1, zorder=2)
+            axes.plot(cell["value"], y, markersize=4.5, zorder=3, **style)
             text = f"{cell['value']:,.0f}" if cell["value"] >= 99.5 else f"{cell['value']:.3g}"
             right = np.nanmax([cell["value"], cell["low"]])
             axes.annotate(
-                text, (right, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6, color=colour,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+                text, (right, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6,
+                color=style["color"], bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip
     if "dense" in best:
         axes.axvline(best["dense"], color=DENSE, linestyle="--", linewidth=0.9, zorder=1, label="fastest dense")
@@ -180,16 +205,16 @@ def execution_modes(rows: pd.DataFrame) -> Figure:
     )  # fmt: skip
     axes.set_ylabel("backend, block size")
     axes.tick_params(axis="y", labelsize=7.5)
-    axes.set_title(_setting(rows))
     for mode in modes:
-        fill = "white" if mode == "eager" else DENSE
-        axes.plot([], [], marker=markers[mode], color=DENSE, markerfacecolor=fill, linestyle="none", label=mode)
+        axes.plot([], [], linestyle="none", label=engine_title(mode), **engine_style(mode))
     legend(figure)
     return figure
 
 
 def memory(rows: pd.DataFrame) -> Figure:
-    """Model bytes and peak memory of one forward pass, dense and by backend and block size, in MB.
+    """Model bytes and, on a GPU, peak memory of one forward pass, dense and by backend and block size, in MB.
+
+    On a CPU the peak is left out: that of one dense model differs up to twofold from group to group.
 
     Args:
         rows: those with metric ``model_bytes`` or ``peak_memory`` (bytes) are drawn; of one model, batch size and
@@ -203,9 +228,13 @@ def memory(rows: pd.DataFrame) -> Figure:
     named = pd.concat([named[named["backend"] == "dense"], named[named["backend"] != "dense"]])
     starts = named["backend"] != named["backend"].shift()
     places = np.arange(len(named)) + 0.6 * (starts.cumsum() - 1)  # a gap between two backends
-    height = max(1.8, 0.8 + 0.16 * (places.iloc[-1] + 1))
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, height), sharey=True)
+    height = max(1.8, 1.2 + 0.16 * (places.iloc[-1] + 1))
     titles = {"model_bytes": "weights held", "peak_memory": "peak of one forward pass, beyond the weights"}
+    if rows["threads"].notna().any():  # a CPU
+        titles.pop("peak_memory")
+    figure, panels = plt.subplots(1, len(titles), figsize=(WIDTH, height), sharey=True, squeeze=False)
+    panels = panels[0]
+    entitle(figure, f"{model_setting(rows)}: memory it takes", measured_on(rows))
     colours = [DENSE if np.isnan(block) else COLOURS[int(block)] for block in named["block_size"].astype(float)]
     hollow = named["variant"].isin(without_blocks(named)["variant"])
     fills = ["white" if empty else colour for empty, colour in zip(hollow, colours, strict=True)]
@@ -222,13 +251,21 @@ def memory(rows: pd.DataFrame) -> Figure:
         axes.grid(False, axis="y")
     panels[0].set_yticks(places, named["variant"], fontsize=7)
     panels[0].invert_yaxis()
-    panels[0].set_ylabel("backend, block size")
+    panels[0].set_ylabel("backend, block size" if len(named) > 6 else "")
     return figure
 
 
-def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float]) -> Figure:
-    """Bytes of each form of the model, and seconds to convert it once and to load it again."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.4))
+def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float], rows: pd.DataFrame | None = None) -> Figure:
+    """Bytes of each form of the model, and seconds to convert it once and to load it again.
+
+    Args:
+        sizes: bytes by form, dense first.
+        seconds: by step, building the dense model first.
+        rows: those that the numbers are from, of one model, for the title.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
+    of = "A model" if rows is None else model_setting(rows)
+    entitle(figure, f"{of}: converted once to blocks", "" if rows is None else measured_on(rows))
     for axes, values, unit, scale in ((left, sizes, "MB", 1e6), (right, seconds, "s", 1.0)):
         names = list(values)
         heights = [values[n] / scale for n in names]
@@ -247,11 +284,9 @@ def _fastest(speedups: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
     return speedups.sort_values("speedup").drop_duplicates(list(cell), keep="last")
 
 
-def _setting(rows: pd.DataFrame) -> str:
-    """What all rows share, for a title: model, precision, batch size."""
-    shared = [(name, rows[name].dropna().unique()) for name in ("model", "precision", "batch_size")]
-    texts = [f"batch {found[0]:.0f}" if name == "batch_size" else found[0] for name, found in shared if len(found) == 1]
-    return ", ".join(texts)
+def _whole_models(rows: pd.DataFrame) -> str:
+    """What rows of several scopes, sparsities and blocks share: model, batch and precision."""
+    return model_setting(rows.assign(block_size=np.nan))
 
 
 def _variants(rows: pd.DataFrame) -> list[str]:

@@ -43,4 +43,4 @@ def without_blocks(rows: pd.DataFrame) -> pd.DataFrame:
 def baseline(speedups: pd.DataFrame) -> str:
     """What the speedups are over: eager dense PyTorch, or the fastest of several variants."""
     variants = set(speedups["dense_compile"].dropna()) if "dense_compile" in speedups else set()
-    return "dense" if not variants else "eager dense" if variants == {"eager"} else "the fastest dense"
+    return "dense" if not variants else "eager dense PyTorch" if variants == {"eager"} else "the fastest dense"

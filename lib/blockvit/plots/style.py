@@ -1,12 +1,14 @@
-"""The look that all figures share: what a block size looks like, axes, the legend, labels, and saving.
+"""The look that all figures share: titles, what a block size and an engine look like, axes, legend, labels, saving.
 
-Block sizes differ by colour, marker and dash, so that the figures read in grey and by colour-blind readers. Rows
-without a block size (2:4 sparsity) are drawn hollow and grey. What no kernel can beat is dashed.
+A title in words stands at the upper left; below it, small and grey, where and how was measured. Block sizes differ by
+colour, marker and dash, so that the figures read in grey and by colour-blind readers. Rows without a block size (2:4
+sparsity) are drawn hollow and grey, published numbers hollow. What no kernel can beat is dashed.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 
 from .rows import without_blocks
 
@@ -29,6 +31,16 @@ _DASHES = dict(zip(_BLOCKS, ((1, 1), (5, 1.5), (), (3, 1, 1, 1), (7, 2, 2, 2), (
 DENSE = "0.35"
 ACCENT, ACCENT_TOO = "#54278f", "#9e6fce"
 """Of what is ours but of no block size: a colour that no block size has, and a lighter one beside it."""
+
+ENGINES = {
+    "eager": ("o", "0.15"),
+    "compile": ("D", "0.5"),
+    "onnxruntime": ("v", "0.35"),
+    "openvino": ("P", "0.6"),
+    "max-autotune": ("s", "0.5"),
+    "cudagraph": ("^", "0.35"),
+}
+"""Marker and grey of each way to run a model or layer, in the order of legends."""
 
 NO_BLOCKS = "2:4, no blocks"
 WIDTH = 7.2  # inches: a notebook's or README's column
@@ -64,6 +76,49 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)  # the notebook shows the returned figure; left open, it would be shown twice
     return figure
+
+
+_TITLE, _TOLD = 10, 7.5  # points
+
+
+def entitle(figure: Figure, title: str, *told: str) -> None:
+    """Say what is shown, at the upper left, and below it in small grey what else a reader has to know.
+
+    Before anything that needs the layout, for both take room from the panels.
+
+    Args:
+        figure: whose.
+        title: what is shown, in words; broken into lines that fit.
+        told: where and how it was measured; what is empty is left out.
+    """
+    title = textwrap.fill(title, int(figure.get_figwidth() * 72 / (0.53 * _TITLE)))
+    figure.suptitle(title, x=0.008, ha="left", fontsize=_TITLE, linespacing=1.1)
+    text = "; ".join(filter(None, told))
+    if not text:
+        return
+    below = 3 + 1.15 * _TITLE * (1 + title.count("\n"))  # points
+    place = figure.transFigure + ScaledTranslation(0, -below / 72, figure.dpi_scale_trans)
+    figure.text(0.008, 1, text, transform=place, va="top", fontsize=_TOLD, color="0.45")
+    if engine := figure.get_layout_engine():
+        engine.set(rect=(0, 0, 1, 1 - 1.4 * _TOLD / 72 / figure.get_figheight()))
+
+
+def engines_of(rows: pd.DataFrame) -> list[str]:
+    """The ways to run (``compile``) that rows hold, in the order of legends."""
+    present = set(rows["compile"].dropna())
+    return [*(engine for engine in ENGINES if engine in present), *sorted(present - set(ENGINES))]
+
+
+def engine_style(engine: str) -> dict[str, object]:
+    """Arguments of ``Axes.plot`` for a way to run a dense model or layer, the same in every figure."""
+    marker, grey = ENGINES.get(engine, ("*", DENSE))
+    return {"marker": marker, "color": grey}
+
+
+def backend_style(backend: str) -> dict[str, object]:
+    """Arguments of ``Axes.plot`` for a backend, where lines are not of block sizes."""
+    second = "+" in backend
+    return {"marker": ">" if second else "<", "color": ACCENT_TOO if second else ACCENT}
 
 
 def block_style(block_size: float | None) -> dict[str, object]:
@@ -139,15 +194,21 @@ def shared_ylabel(figure: Figure, text: str) -> None:
     """One label for the y axes of all panels, at their middle; to be written after the legend, which takes room."""
     figure.draw_without_rendering()
     heights = [axes.get_position() for axes in figure.axes]
-    middle = (min(box.y0 for box in heights) + max(box.y1 for box in heights)) / 2
-    if figure.get_figheight() < 3.2:  # inches, beside which a line of words would be too long
-        text = text.replace(" over ", " over\n")
-    figure.supylabel(text, y=middle, fontsize="medium", ma="center")
+    low, high = min(box.y0 for box in heights), max(box.y1 for box in heights)
+    label = figure.supylabel(text, y=(low + high) / 2, fontsize="medium", ma="center")
+    if label.get_window_extent().height > (high - low) * figure.bbox.height:
+        label.set_text(textwrap.fill(text, 4 + math.ceil(len(text) / 2)))
 
 
-def percent_axis(axes: Axes) -> None:
-    """Sparsities on the x axis."""
+def percent_axis(axes: Axes, sparsities: Iterable[float] | None = None) -> None:
+    """Sparsities on the x axis, each of ``sparsities`` a tick."""
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    if sparsities is not None:
+        ticks = sorted(set(sparsities))
+        axes.set_xticks(ticks)
+        gap = np.diff(ticks).min() / np.ptp(ticks) if len(ticks) > 1 else 1.0
+        close = gap * axes.bbox.width / axes.figure.dpi < 0.24  # inches, into which "95%" would not fit
+        axes.tick_params(axis="x", labelsize=7, rotation=90 if close else 0)
 
 
 def as_times(value: float, _: object = None) -> str:
@@ -177,7 +238,8 @@ def sizes_axis(axes: Axes, sizes: Iterable[float]) -> None:
 
 def spread(items: Sequence[object], width: float) -> dict[object, float]:
     """Offsets that set items side by side within ``width``, the first uppermost."""
-    return dict(zip(items, np.linspace(width / 2, -width / 2, len(items)) if len(items) > 1 else [0.0], strict=True))
+    places = np.linspace(width / 2, -width / 2, len(items)) if len(items) > 1 else [0.0] * len(items)
+    return dict(zip(items, places, strict=True))
 
 
 def legend(figure: Figure, published: str | None = None) -> None:
