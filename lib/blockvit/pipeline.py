@@ -105,7 +105,7 @@ def reproduce(
         parameters: values that override the profile's in each notebook that has the parameter.
         remeasure: measure again what has been measured already.
         publish: afterwards, write the outputs into the repository's notebooks, to be committed. Takes all notebooks
-            with their own defaults.
+            with their own defaults; ``draw_for`` may name a device of the tables to draw them for.
         readme: refresh README.md's claims after a run that decided them.
         tests: first run the tests that the profile names.
         root: the repository; found by ``results.repository`` if None.
@@ -310,14 +310,18 @@ def plan(
 def _check_publishable(
     profile: Profile, steps: Sequence[tuple[Notebook, Mapping[str, Any]]], notebooks: Sequence[Notebook]
 ) -> None:
-    """What is committed must be what a reader gets who runs the notebooks as they are, from first to last."""
+    """What is committed must be what a reader gets who runs the notebooks as they are, from first to last.
+
+    Or who draws them from the tables, ``draw_for`` a device: the same figures and sentences, without measuring.
+    """
     if profile.name != DEFAULT_PROFILE:
         raise UsageError(f"--publish takes the profile {DEFAULT_PROFILE}, not {profile.name}; leave one of the two out")
     if len(steps) != len(notebooks):
         raise UsageError(f"--publish takes all {len(notebooks)} notebooks, not {len(steps)} of them; leave --only out")
     for notebook, values in steps:
         for name, value in values.items():
-            if name != "remeasure" and (notebook.defaults[name] is COMPUTED or notebook.defaults[name] != value):
+            default = notebook.defaults[name]
+            if name not in ("remeasure", "draw_for") and (default is COMPUTED or default != value):
                 raise UsageError(
                     f"--publish takes the notebooks' own defaults, but {notebook.name} is given {name}={value!r}; "
                     "leave the parameter out, or change the default in the notebook"
