@@ -262,6 +262,15 @@ def test_published_notebooks_hold_outputs_and_nothing_of_the_run(finished):
     assert text == published(path, finished.root / "build" / "laptop" / "01_first.ipynb", finished.root)
 
 
+def test_what_is_drawn_from_the_tables_for_a_device_may_be_published(study):
+    write_notebook(study, "03_third", "draw_for = None")
+    output = io.StringIO()
+    report = pipeline.reproduce(root=study, publish=True, parameters={"draw_for": "Some CPU"}, output=output)
+    assert "Some CPU" in report.read_text()
+    third = nbformat.read(study / "notebooks" / "03_third.ipynb", as_version=4)
+    assert [cell.execution_count for cell in third.cells if cell.cell_type == "code"] == [1]
+
+
 def test_publishing_refuses_changed_sources(finished, tmp_path):
     changed = tmp_path / "01_first.ipynb"
     executed = finished.root / "build" / "laptop" / "01_first.ipynb"

@@ -156,7 +156,8 @@ def reproduce(
                 copy = build / notebook.path.name
                 execute(notebook, values, copy, environment=_environment(root), on_cell=progress.cell)
         copies = [build / n.path.name for n in notebooks if completed(build / n.path.name)]
-        title = f"BlockViT · {chosen.name} · {_device(chosen)} · {datetime.now(UTC):%Y-%m-%d}"
+        device = overrides.get("draw_for") or _device(chosen)
+        title = f"BlockViT · {chosen.name} · {device} · {datetime.now(UTC):%Y-%m-%d}"
         page = report.write(build / "report.html", copies, title=title, description=chosen.description, root=root)
         if publish:
             _publish([notebook for notebook, _ in steps], build, root)
