@@ -226,7 +226,7 @@ def test_compiled_sparse_models_are_no_like_for_like_evidence(store):
 def test_every_device_has_a_column_and_every_claim_a_row(store):
     store.append(linears(lambda b, s: 2.0))
     store.append(linears(lambda b, s: 0.5, where=GPU))
-    store.append([{**row, "device": "Another CPU (8 cores)"} for row in trainings({(8, 0.5): 0.0})])
+    store.append([{**row, "device": "Another CPU (8 cores)"} for row in converted()])
     names = ["NVIDIA H100 80GB HBM3", "Another CPU (8 cores)", "Example CPU (4 cores)"]
     assert claims.devices(store) == names
     decided = claims.decide(store)
@@ -582,6 +582,15 @@ def test_c8_does_not_ask_which_device_trained(store):
     rows = trainings(GOOD, dataset="cifar10") + trainings(GOOD, dataset="cifar10", device="B")
     found = verdict("C8", store, rows, "B")
     assert found.verdict == HOLDS and "(2 seeds)" in found.number, "the same trainings, counted once"
+
+
+def test_a_device_that_only_trained_has_no_column(store):
+    store.append(trainings(GOOD, dataset="cifar10", device="B") + converted())
+    assert set(claims.decide(store)["device"]) == {CPU["device"]}
+    assert "| B, 1 thread | accuracy |" in claims.coverage(store), "what the verdicts rest on is told"
+    alone = Store(store.root / "alone")
+    alone.append(trainings(GOOD, dataset="cifar10", device="B"))
+    assert set(claims.decide(alone)["device"]) == {"B"}
 
 
 def test_c8_is_of_the_reference_method(store):

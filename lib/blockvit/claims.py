@@ -16,7 +16,18 @@ import pandas as pd
 
 from . import losses
 from .losses import LIMITED_LOSS, SMALL_LOSS
-from .results import FAILED, SCOPE_TITLES, Store, break_even, most_threads, newest, published, speedups, variant
+from .results import (
+    FAILED,
+    OF_ANY_DEVICE,
+    SCOPE_TITLES,
+    Store,
+    break_even,
+    most_threads,
+    newest,
+    published,
+    speedups,
+    variant,
+)
 
 HOLDS, FAILS, OPEN, UNDECIDED = "holds", "does not hold", "not measured here", "not decided"
 """The last two: nothing was measured that the claim is about; or something was, and it is no ground to decide on."""
@@ -571,9 +582,9 @@ CLAIMS: dict[str, tuple[str, Callable[[Evidence], Verdict]]] = {
 }
 
 
-def devices(store: Store) -> list[str]:
-    """Every device that has rows, GPUs first."""
-    rows = pd.concat([store.read(name)[["device", "threads"]] for name in TABLES])
+def devices(store: Store, tables: Iterable[str] = TABLES) -> list[str]:
+    """Every device that has rows in ``tables``, GPUs first."""
+    rows = pd.concat([store.read(name)[["device", "threads"]] for name in tables])
     if rows.empty:
         return []
     on_cpu = rows.groupby("device")["threads"].max().notna()
@@ -581,9 +592,13 @@ def devices(store: Store) -> list[str]:
 
 
 def decide(store: Store) -> pd.DataFrame:
-    """Every claim on every device: ``id, claim, device`` and the fields of ``Verdict``."""
+    """Every claim on every device: ``id, claim, device`` and the fields of ``Verdict``.
+
+    A device that only trained has nothing of its own to tell: its accuracies count for all. It is left out, unless
+    there are no others.
+    """
     rows = []
-    for device in devices(store):
+    for device in devices(store, (name for name in TABLES if name not in OF_ANY_DEVICE)) or devices(store):
         evidence = Evidence.of(store, device)
         for claim_id, (text, decide_one) in CLAIMS.items():
             found = decide_one(evidence)
