@@ -571,7 +571,7 @@ def test_bytes_of_wrapped_tensors_and_of_models_without_memory():
 
 def leaves_in_the_readme() -> list[type[nn.Module]]:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    names = re.search(r'"leaf_modules": \[([^]]+)\]', readme)[1]
+    names = re.search(r'"leaf_modules":\s+\[([^]]+)\]', readme)[1]
     return [getattr(blockvit, name.strip()) for name in names.split(",")]
 
 
