@@ -111,7 +111,7 @@ def _variant_labels(rows: pd.DataFrame) -> list[str]:
 
 
 def _variant_name(variant: str) -> str:
-    return ": ".join(filter(None, _variant_parts(variant)))
+    return ":\n".join(filter(None, _variant_parts(variant)))
 
 
 def _variant_parts(variant: str) -> tuple[str, str]:
@@ -143,7 +143,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     rows = require(masks[masks["metric"] == "exchanged"], "masks")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
     variants = sorted(rows["variant"].unique())
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.22 * len(variants)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.26 * len(variants)))
     sparsity, block = rows["sparsity"].iloc[0], rows["block_size"].iloc[0]
     at = f"{sparsity:.0%} sparse in blocks of {block:.0f}"
     entitle(figure, f"{trained_model(rows)}, {at}: blocks that training exchanged", trained_on(rows, bars=False))
@@ -154,7 +154,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     axes.axvline(100 * sparsity, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
     axes.set_yticklabels([_variant_name(variant) for variant in variants], fontsize=7.5)
-    axes.set_xlabel("of the kept blocks, dropped by the untrained mask")
+    axes.set_xlabel("kept blocks that training chose")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     legend(figure)
     return figure
