@@ -24,6 +24,7 @@ from .results import (
     break_even,
     most_threads,
     newest,
+    over_strongest_field,
     published,
     speedups,
     variant,
@@ -98,7 +99,7 @@ class Evidence:
         linear, vit = (most_threads(store.read(experiment, device=device)) for experiment in ("linear", "vit"))
         like = [speedups(rows, baseline="eager") for rows in (linear, vit)]
         like = [rows[(rows["backend"] == "torch") & (rows["compile"] == "eager")] for rows in like]
-        best = [_over_most(speedups(rows)) for rows in (linear, vit)]
+        best = [over_strongest_field(speedups(rows)) for rows in (linear, vit)]
         best = [rows[rows["block_size"].notna()] for rows in best]  # 2:4 sparsity has no blocks: no claim is about it
         conversion = newest(store.read("conversion", device=device))
         return cls(
@@ -122,12 +123,6 @@ def _where(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
     for column, value in equal.items():
         rows = rows[rows[column] == value]
     return rows
-
-
-def _over_most(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each cell the rows over the strongest field of dense variants: a weaker one must not win by its weakness."""
-    cell = ["precision", "model", "scope", "tokens", "batch_size", "block_size", "sparsity"]
-    return rows[rows["dense_variants"] == rows.groupby(cell, dropna=False)["dense_variants"].transform("max")]
 
 
 def _best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -494,8 +489,8 @@ def c9(e: Evidence) -> Verdict:
     measured = ", ".join(sorted({losses.TITLES.get(name, name) for name in best["dataset"]}))
     like, best = _deciding(like), _deciding(best)
     if best.empty:
-        text = f"only {measured} has accuracy and speed here, which neither confirms nor refutes it"
-        return Verdict(UNDECIDED, text, brief=text)
+        why = f"only {measured} has accuracy and speed here, which neither confirms nor refutes it"
+        return Verdict(UNDECIDED, why, brief=why)
 
     def text(point: pd.Series) -> str:
         trained = losses.setting(point["dataset"], point["model"], point["recipe"])

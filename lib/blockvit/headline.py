@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .results import SCOPE_TITLES, Store, most_threads, published_losses, speedups
+from .results import SCOPE_TITLES, Store, most_threads, over_strongest_field, published_losses, speedups
 
 MODEL = "vit_b_16"
 BATCHES = (1, 256)  # one image is what a device sees; 256 is the post's
@@ -30,11 +30,9 @@ def _speedups(store: Store) -> pd.DataFrame:
     rows = store.read("vit")
     rows = rows[rows["model"] == MODEL]
     rows = pd.concat([most_threads(mine) for _, mine in rows.groupby("device")] or [rows])
-    found = speedups(rows).merge(pd.DataFrame(CASES, columns=["scope", "sparsity", "block_size"]))
-    where = ["device", "precision", "batch_size"]
-    case = [*where, "scope", "sparsity", "block_size"]
-    found = found[found["dense_variants"] == found.groupby(case)["dense_variants"].transform("max")]
-    found = found.sort_values("speedup").drop_duplicates(case, keep="last")
+    case = ["scope", "sparsity", "block_size"]
+    found = over_strongest_field(speedups(rows)).merge(pd.DataFrame(CASES, columns=case))
+    found = found.sort_values("speedup").drop_duplicates(["device", "precision", "batch_size", *case], keep="last")
     eager = rows[(rows["backend"] == "dense") & (rows["compile"] == "eager") & (rows["metric"] == "latency")]
     return found.merge(eager[["group", "precision", "value"]].rename(columns={"value": "eager_value"}), how="left")
 

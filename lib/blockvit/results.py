@@ -329,6 +329,16 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
     return newest(pairs)
 
 
+def over_strongest_field(speedups: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell the rows over the most dense variants: beside a weaker field a variant must not win by its weakness.
+
+    ``speedups`` are as the function of that name returns them; a cell is what is computed, on one device.
+    """
+    cell = ["device", "precision", "model", "scope", "tokens", "batch_size", "block_size", "sparsity"]
+    most = speedups.groupby(cell, dropna=False)["dense_variants"].transform("max")
+    return speedups[speedups["dense_variants"] == most]
+
+
 def step_overheads(rows: pd.DataFrame) -> pd.DataFrame:
     """How much longer each masked training step takes than the dense one of its own group, run in the same way.
 
