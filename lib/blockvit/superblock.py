@@ -53,12 +53,11 @@ def read_superblock(checkpoint: str | os.PathLike | Mapping[str, Any]) -> dict[s
     """
     if not isinstance(checkpoint, Mapping):
         checkpoint = read_torch_checkpoint(Path(checkpoint))
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    state = state_dict_in(checkpoint)
     if not isinstance(state, Mapping):
         raise ValueError(
             f"the checkpoint holds a {type(state).__name__}; expected a state dict, or one under the key 'model'"
         )
-    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     masked = masked_layers(state)
     if not masked:
         raise ValueError("the checkpoint holds no '.scores': it is no SuperBlock checkpoint; load it as a dense model")
@@ -152,6 +151,14 @@ def _check_blocks(name: str, weight: Tensor, scores: Tensor, block_size: int) ->
             f"{name}: scores have shape {tuple(scores.shape)}, but a {tuple(weight.shape)} weight in blocks of "
             f"{block_size} has {expected}; the checkpoint was trained with another block_size"
         )
+
+
+def state_dict_in(checkpoint: Any) -> Any:
+    """The state dict that a checkpoint holds or is, without the prefix of data-parallel training; any else as it is."""
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        return state
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def read_torch_checkpoint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import mismatches
 from ..models import TORCHVISION_MODELS
-from ..superblock import read_torch_checkpoint
+from ..superblock import read_torch_checkpoint, state_dict_in
 
 HEAD = "heads.head."  # torchvision's name of a Vision Transformer's last layer
 
@@ -37,11 +37,10 @@ def trained_weights(weights: str, model: str) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged ({error}); fetch or save it again") from error
-    state = read_torch_checkpoint(path)
-    state = state.get("model", state) if isinstance(state, dict) else state
+    state = state_dict_in(read_torch_checkpoint(path))
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds no state dict; expected one, or one under the key 'model'")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
 
 
 def _torchvision_weights(weights: str, model: str) -> dict[str, Tensor]:
