@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from blockvit import accuracy, bench, losses, notebook, pipeline, results, train
+from blockvit import accuracy, bench, checkout, losses, notebook, pipeline, train
 from blockvit.accuracy import AccuracyCell, cells
 from blockvit.results import Store
 from blockvit.supermask import num_kept, supermask_layers
@@ -479,7 +479,7 @@ def made_up_rows(cell: AccuracyCell, top1: float, recipe: dict) -> list[dict]:
 
 def test_the_notebook_draws_a_grid_that_was_cut_short(tmp_path):
     """Dense, 90% and 80% in blocks of 32 and one variant, of the profile cifar10: the figures show that and no more."""
-    folder = results.repository() / "notebooks"
+    folder = checkout.root() / "notebooks"
     notebooks = pipeline.find_notebooks(folder)
     profile = pipeline.read_profile(folder / "profiles", "cifar10", notebooks)
     recipe = profile.shared["recipe"]
@@ -490,7 +490,7 @@ def test_the_notebook_draws_a_grid_that_was_cut_short(tmp_path):
         store.append(made_up_rows(cell, top1, recipe))
     given = {"results_dir": str(store.root), "draw_for": "made-up GPU", "dataset": "cifar10-jpeg"}
     ((chosen, values),) = pipeline.plan(notebooks, profile, only=["05_accuracy"], overrides=given)
-    environment = {"BLOCKVIT_HOME": str(results.repository()), "BLOCKVIT_FIGURES": str(tmp_path / "figures")}
+    environment = {"BLOCKVIT_HOME": str(checkout.root()), "BLOCKVIT_FIGURES": str(tmp_path / "figures")}
     notebook.execute(chosen, values, tmp_path / "05.ipynb", environment=environment)
     drawn = {path.stem for path in (tmp_path / "figures" / "cifar10").glob("*.svg")}
     assert drawn == {"accuracy", "accuracy_variants", "mask_changes"}

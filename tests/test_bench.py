@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from blockvit import bench, results
+from blockvit import bench, comparisons
 from blockvit.bench import (
     Effort,
     check_close,
@@ -548,7 +548,7 @@ def test_a_failing_backend_costs_its_own_row_only(store, monkeypatch, case, line
     assert set(rows[rows["metric"] == "latency"]["backend"]) == {"dense"} | set(case.backends) - {"gather"}
     failed = rows[rows["metric"] == bench.FAILED]
     assert list(failed["backend"]) == ["gather"] and set(failed["group"]) == set(rows["group"])
-    assert results.speedups(rows)["backend"].isin(["torch"]).all()
+    assert comparisons.speedups(rows)["backend"].isin(["torch"]).all()
     monkeypatch.undo()
     assert sweep([case], store, "linear", effort=SHORT).kept == 1, "what failed is not tried again ..."
     assert sweep([case], store, "linear", effort=SHORT, remeasure=True).measured == 1, "... unless asked to"
@@ -573,6 +573,6 @@ def test_a_gpu_that_others_use_is_told(monkeypatch):
 
 def test_speedups_of_a_real_sweep(store):
     sweep([LinearCase((64, 64), 32, 16, 0.75)], store, "linear", effort=SHORT)
-    pairs = results.speedups(store.read("linear"))
+    pairs = comparisons.speedups(store.read("linear"))
     assert isinstance(pairs, pd.DataFrame) and set(pairs["backend"]) == {"torch", "gather"}
     assert (pairs["speedup_low"] <= pairs["speedup"]).all() and (pairs["speedup"] <= pairs["speedup_high"]).all()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blockvit import claims, results
+from blockvit import claims, literature, results
 from blockvit.claims import CLAIMS, FAILS, HOLDS, OPEN, UNDECIDED, Evidence
 from blockvit.results import Store
 
@@ -174,9 +174,9 @@ def test_goals_are_the_published_numbers():
 
 @pytest.mark.parametrize(("published", "expected"), [(1.46, FAILS), (1.1, HOLDS)])
 def test_another_published_number_decides_otherwise(store, monkeypatch, published, expected):
-    table = results.published()
+    table = literature.numbers()
     table.loc[(table["metric"] == "headline_speedup") & (table["scope"] == "linear"), "value"] = published
-    monkeypatch.setattr(claims, "published", lambda: table)
+    monkeypatch.setattr(literature, "numbers", lambda: table)
     rows = group("linear", model="8192x8192", tokens=8192, block_size=64, sparsity=0.95, torch=1.2)
     assert verdict("C1", store, rows).verdict == expected
 

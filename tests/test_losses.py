@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from blockvit import losses, results
+from blockvit import answers, losses, results
 
 BASE = {
     "experiment": "accuracy",
@@ -139,7 +139,7 @@ def test_answer():
     frozen = {"recipe": f"cifar10 epochs=60 + {losses.FROZEN}"}
     better = {"recipe": "cifar10 epochs=60 + method=spartan"}
     lost = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.0, **frozen), masked(89.0, **better)))
-    text = losses.answer(losses.reference(lost), lost)
+    text = answers.points_lost(losses.reference(lost), lost)
     assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
     assert "3.0 where 2.3 are published (32×32, 90%)" in text
     assert "the reference method lost 3.0 points, the best of 2 others lost 1.0 (method=spartan); one standard" in text
@@ -149,12 +149,12 @@ def test_answer():
         f"difference is {error:.1f} points)."
     )
     above = losses.points_lost(table(dense(90.0), masked(87.0), masked(91.0, **better)))
-    assert "the other gained 1.0 (method=spartan); one" in losses.answer(losses.reference(above), above)
+    assert "the other gained 1.0 (method=spartan); one" in answers.points_lost(losses.reference(above), above)
     close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
-    assert "lost 3.1: that learning them helps is not shown (" in losses.answer(losses.reference(close), close)
-    assert ", which does not tell the two apart: one standard" in losses.answer(losses.reference(close), close)
-    assert "reference method" not in losses.answer(losses.reference(lost), losses.reference(lost))
-    assert losses.answer(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")
+    assert "lost 3.1: that learning them helps is not shown (" in answers.points_lost(losses.reference(close), close)
+    assert ", which does not tell the two apart: one standard" in answers.points_lost(losses.reference(close), close)
+    assert "reference method" not in answers.points_lost(losses.reference(lost), losses.reference(lost))
+    assert answers.points_lost(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")
 
 
 def test_answer_tells_apart_what_began_with_the_trained_dense_model():
@@ -164,7 +164,7 @@ def test_answer_tells_apart_what_began_with_the_trained_dense_model():
         masked(91.0, recipe="cifar10 epochs=60 + distillation_alpha=0.5 epochs=6 method=magnitude start=dense"),
     ]
     lost = losses.points_lost(table(dense(90.0), dense(92.0, recipe=on), masked(87.0), *ways))
-    text = losses.answer(losses.reference(lost), lost)
+    text = answers.points_lost(losses.reference(lost), lost)
     assert "others" not in text, "trained for longer, they are not compared with the reference method"
     assert (
         "Masks put on the trained dense model lost 1.0 at 90% in blocks of 32, against that model trained on for "

@@ -13,7 +13,7 @@ import nbformat
 import synthetic_gpu
 import torchvision
 
-from blockvit import files, notebook, pipeline, results
+from blockvit import checkout, files, notebook, pipeline, results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
@@ -162,7 +162,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     """On one's own model, as the README shows it: in one namespace, in order, in an empty folder."""
     snippets = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert snippets, "README.md has no python block"
-    home = results.repository()
+    home = checkout.root()
     monkeypatch.chdir(tmp_path)
     for name in ("RESULTS", "FIGURES", "CACHE"):
         monkeypatch.setenv(f"BLOCKVIT_{name}", str(tmp_path / name.lower()))

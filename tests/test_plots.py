@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from blockvit import limits, plots, results
+from blockvit import comparisons, limits, literature, plots, results
 
 SHARES = {"mlp": 0.64, "mlp+attention": 0.95}
 LAYERS = ("768x768", "3072x768")
@@ -170,7 +170,7 @@ def roofline(peak: float = 2e12, bandwidth: float | None = 1e11):
 
 
 def published() -> pd.DataFrame:
-    reference = results.published_speedups()
+    reference = literature.speedups()
     return reference[(reference["model"] == "vit_b_16") & (reference["precision"] == "fp32")]
 
 
@@ -245,7 +245,7 @@ def gpu_memory() -> pd.DataFrame:
 
 
 def gpu_speedups(**how) -> pd.DataFrame:
-    return results.speedups(gpu_linear(**how))
+    return comparisons.speedups(gpu_linear(**how))
 
 
 def least(rows: pd.DataFrame) -> pd.DataFrame:
@@ -258,7 +258,7 @@ def gpu_throughput():
 
 
 def gpu_large():
-    speedups = results.speedups(gpu_squares())
+    speedups = comparisons.speedups(gpu_squares())
     speedups = speedups[speedups["backend"].isin(["torch", "torch_tuned"])]
     return plots.large_matmuls(speedups, 4.8, limits=least(speedups))
 
@@ -274,29 +274,29 @@ def gpu_linear_speedup(precision="fp32"):
 
 
 def gpu_batches():
-    speedups = results.speedups(gpu_vit(("mlp",), (1, 4, 16, 64, 256), (0.9,)))
+    speedups = comparisons.speedups(gpu_vit(("mlp",), (1, 4, 16, 64, 256), (0.9,)))
     return plots.batch_sizes(speedups, [*GPU_BACKENDS, "2:4"], limits.amdahl(0.9, 0.64), 16)
 
 
 def gpu_model():
-    reference = results.published_speedups()
+    reference = literature.speedups()
     like = reference[(reference["model"] == "vit_b_16") & (reference["precision"] == "bf16")]
-    return plots.model_speedup(results.speedups(gpu_vit()), "torch_tuned", SHARES, like)
+    return plots.model_speedup(comparisons.speedups(gpu_vit()), "torch_tuned", SHARES, like)
 
 
 def gpu_by_precision():
     rows = gpu_linear(GPU_SHAPE, precisions=tuple(GPU_PEAK))
-    return plots.contenders(results.speedups(rows), 0.9, by="precision")
+    return plots.contenders(comparisons.speedups(rows), 0.9, by="precision")
 
 
 def gpu_large_by_precision():
-    speedups = results.speedups(gpu_squares(precisions=tuple(GPU_PEAK)))
+    speedups = comparisons.speedups(gpu_squares(precisions=tuple(GPU_PEAK)))
     return plots.large_matmuls(speedups[speedups["backend"].isin(["torch_tuned", "2:4"])], 4.8, by="precision")
 
 
 def eight_layers():
     layers = tuple((s, t) for s in GPU_SHAPES[:4] for t in (197, 50432))
-    return results.speedups(gpu_linear(layers, sparsities=(0, *GPU_SPARSITIES)))
+    return comparisons.speedups(gpu_linear(layers, sparsities=(0, *GPU_SPARSITIES)))
 
 
 TRAFFIC = limits.mlp_traffic(197, 768, 3072, "bf16", 32, 0.9)
@@ -337,11 +337,11 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "traffic": (lambda: plots.traffic(TRAFFIC, limits.TRAFFIC), 1, 0),
     "roofline": (roofline, 2, 3),
     "roofline of a CPU": (lambda: roofline(bandwidth=None), 2, 3),
-    "accuracy": (lambda: plots.accuracy(trained(), results.published_losses()), 2, 3),
+    "accuracy": (lambda: plots.accuracy(trained(), literature.losses()), 2, 3),
     "pareto": (lambda: plots.pareto(in_a_model(POINTS), 97.0), 1, 2),
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
-    "step_overhead": (lambda: plots.step_overhead(results.step_overheads(steps())), 2, 3),
-    "step_overhead of a model": (lambda: plots.step_overhead(results.step_overheads(steps("batch_size"))), 2, 3),
+    "step_overhead": (lambda: plots.step_overhead(comparisons.step_overheads(steps())), 2, 3),
+    "step_overhead of a model": (lambda: plots.step_overhead(comparisons.step_overheads(steps("batch_size"))), 2, 3),
     "variants": (lambda: plots.variants(compared()), 1, 0),
     "variants of a trained model": (lambda: plots.variants(fine_tuned()), 1, 0),
     "mask_changes": (lambda: plots.mask_changes(masks()), 1, 0),
@@ -493,7 +493,7 @@ def test_break_even_ticks_lie_on_the_drawn_lines():
         ((tick,), (line,)) = ticks_of(axes), lines_of(axes, "32×32")
         assert axes.get_yscale() == "log"
         assert on_drawn_line(line, tick.get_xdata()[0]) == pytest.approx(1)
-        straight = results.break_even(line.get_xdata(), line.get_ydata())
+        straight = comparisons.break_even(line.get_xdata(), line.get_ydata())
         assert tick.get_xdata()[0] != pytest.approx(straight, abs=1e-3), "the two interpolations differ here"
 
 
@@ -629,7 +629,7 @@ def test_contenders_by_precision():
     assert len(lines_of(axes, "2:4, no blocks")) == 1 and names.index("2:4 (50%)") > names.index("bf16")
     rows = gpu_speedups()
     mlps = gpu_linear(GPU_SHAPE).assign(model="768x3072x768")
-    title = plots.contenders(results.speedups(mlps), 0.9, by="precision").get_suptitle()
+    title = plots.contenders(comparisons.speedups(mlps), 0.9, by="precision").get_suptitle()
     assert title == "MLPs of ViT-B/16, 50432 tokens: which backend is fastest, blocks 90% sparse"
     with pytest.raises(ValueError, match="limits are those of a shape"):
         plots.contenders(rows, 0.9, by="precision", limits=least(rows))
@@ -650,7 +650,7 @@ def test_contenders_beside_their_limit():
 
 
 def test_large_products_leave_out_what_is_not_square_in_tokens_too():
-    rows = results.speedups(pd.concat([gpu_squares(), gpu_linear((((768, 768), 197),))], ignore_index=True))
+    rows = comparisons.speedups(pd.concat([gpu_squares(), gpu_linear((((768, 768), 197),))], ignore_index=True))
     figure = plots.large_matmuls(rows, 4.8)
     assert [axes.get_title() for axes in figure.axes[:4]] == [f"{s}% sparse" for s in (50, 80, 90, 95)]
     for axes in figure.axes:
@@ -664,7 +664,7 @@ def test_large_products_leave_out_what_is_not_square_in_tokens_too():
 
 
 def test_large_products_need_a_choice_of_backend_or_precision():
-    rows = results.speedups(gpu_squares(precisions=("fp32", "bf16")))
+    rows = comparisons.speedups(gpu_squares(precisions=("fp32", "bf16")))
     with pytest.raises(ValueError, match="one precision a figure"):
         plots.large_matmuls(rows)
     with pytest.raises(ValueError, match="one backend a figure"):
@@ -706,7 +706,7 @@ def test_throughput_is_bound_by_memory_in_bf16_only():
 
 
 def test_a_line_is_the_fastest_compile_mode():
-    rows = results.speedups(gpu_vit(("mlp",), sparsities=(0.9,)))
+    rows = comparisons.speedups(gpu_vit(("mlp",), sparsities=(0.9,)))
     assert rows.query("backend == 'torch' and block_size == 64")["speedup"].nunique() == 3
     fastest = rows.query("backend == 'torch' and block_size == 64")["speedup"].max()
     for figure in (plots.model_speedup(rows, "torch", SHARES), plots.batch_sizes(rows, ["torch"])):
@@ -716,7 +716,7 @@ def test_a_line_is_the_fastest_compile_mode():
 
 def test_the_model_figure_says_which_backend_over_what():
     table = gpu_vit()
-    fastest, eager = (results.speedups(table, baseline=b) for b in ("fastest", "eager"))
+    fastest, eager = (comparisons.speedups(table, baseline=b) for b in ("fastest", "eager"))
     figure = plots.model_speedup(fastest, "torch", SHARES)
     assert figure.get_suptitle() == "ViT-B/16, batches of 256, bf16: speedup of PyTorch's kernels (torch)"
     assert figure.get_supylabel().replace("\n", " ") == "speedup over the fastest dense"
@@ -725,7 +725,7 @@ def test_the_model_figure_says_which_backend_over_what():
 
 
 def test_published_speedups_follow_from_published_latencies():
-    found = results.published_speedups()
+    found = literature.speedups()
     cell = ["source", "model", "precision", "block_size", "sparsity"]
     value = found.set_index(cell)["value"].sort_index()
     assert value["superblock README", "vit_b_16", "fp32", 64, 0.8] == 532.116 / 393.864
@@ -752,7 +752,7 @@ def test_published_points_are_hollow_and_where_they_were_published():
 
 
 def test_a_published_point_without_blocks_is_drawn():
-    reference = results.published_speedups()
+    reference = literature.speedups()
     two = reference[(reference["scope"] == "2:4") & (reference["model"] == "vit_b_16")].assign(scope="mlp")
     figure = plots.model_speedup(vit(batches=(256,)), "torch", SHARES, two)
     (point,) = (line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none")
@@ -881,13 +881,13 @@ def test_only_points_that_no_other_passes_are_labelled():
 
 
 def test_accuracy_names_its_data():
-    figure = plots.accuracy(trained().assign(dataset="cifar10-jpeg"), results.published_losses())
+    figure = plots.accuracy(trained().assign(dataset="cifar10-jpeg"), literature.losses())
     assert figure.get_suptitle().startswith("vit_digits on CIFAR-10 (JPEG): ")
     assert "mean of 2 seeds, bars span them" in [text.get_text() for text in figure.texts]
 
 
 def test_accuracy_has_a_tick_where_it_has_a_point():
-    for axes in plots.accuracy(trained(sparsities=(0.5, 0.9, 0.95)), results.published_losses()).axes:
+    for axes in plots.accuracy(trained(sparsities=(0.5, 0.9, 0.95)), literature.losses()).axes:
         assert list(axes.get_xticks()) == [0.5, 0.9, 0.95]
 
 
@@ -943,7 +943,7 @@ def test_layers_of_a_kind_are_one_pair_of_boxes():
 
 
 def test_a_step_is_a_multiple_of_the_dense_one():
-    overheads = results.step_overheads(steps())
+    overheads = comparisons.step_overheads(steps())
     figure = plots.step_overhead(overheads)
     assert figure.axes[0].get_yscale() == "log" and figure.get_supylabel() == "× the dense step"
     (line,) = lines_of(figure.axes[0], "16×16")
@@ -962,7 +962,7 @@ def test_variants_of_different_cells_are_not_drawn_as_one(column):
 EMPTY = {
     "training_curves": lambda: plots.training_curves(curves().iloc[:0]),
     "kept_blocks": lambda: plots.kept_blocks(KEPT.iloc[:0]),
-    "step_overhead": lambda: plots.step_overhead(results.step_overheads(steps().iloc[:0])),
+    "step_overhead": lambda: plots.step_overhead(comparisons.step_overheads(steps().iloc[:0])),
     "speedup_heatmaps": lambda: plots.speedup_heatmaps(linear(), "no such backend"),
     "linear_speedup": lambda: plots.linear_speedup(linear().iloc[:0], ["torch"]),
     "linear_throughput": lambda: plots.linear_throughput(linear().iloc[:0], 1e12),
@@ -972,7 +972,7 @@ EMPTY = {
     "contenders": lambda: plots.contenders(linear(), 0.77),
     "large_matmuls": lambda: plots.large_matmuls(linear()),
     "execution_modes": lambda: plots.execution_modes(memory()),
-    "accuracy": lambda: plots.accuracy(trained().iloc[:0], results.published_losses()),
+    "accuracy": lambda: plots.accuracy(trained().iloc[:0], literature.losses()),
     "pareto": lambda: plots.pareto(in_a_model(POINTS).iloc[:0], 97.0),
     "variants": lambda: plots.variants(compared().iloc[:0]),
     "mask_changes": lambda: plots.mask_changes(masks().iloc[:0]),
@@ -1001,17 +1001,17 @@ PARTIAL = {
     ),
     "model, one cell": lambda: plots.model_speedup(vit((32,), (0.9,), (256,)), "torch", {"mlp": 0.64}),
     "batches, one": lambda: plots.batch_sizes(vit((32,), (0.9,), (256,)).query("scope == 'mlp'"), ["torch"]),
-    "accuracy, cells missing": lambda: plots.accuracy(trained(missing=[(8, 0.9)]), results.published_losses()),
-    "accuracy, dense alone": lambda: plots.accuracy(trained(blocks=()), results.published_losses().iloc[:0]),
+    "accuracy, cells missing": lambda: plots.accuracy(trained(missing=[(8, 0.9)]), literature.losses()),
+    "accuracy, dense alone": lambda: plots.accuracy(trained(blocks=()), literature.losses().iloc[:0]),
     "variants, the reference alone": lambda: plots.variants(compared(("",))),
     "masks, the reference missing": lambda: plots.mask_changes(masks(VARIANTS[1:])),
-    "accuracy, one cell": lambda: plots.accuracy(trained((32,), (0.9,)), results.published_losses()),
+    "accuracy, one cell": lambda: plots.accuracy(trained((32,), (0.9,)), literature.losses()),
     "curves, cells missing": lambda: plots.training_curves(curves(missing=[(8, 0.9)])),
     "2:4 alone, heat map": lambda: plots.speedup_heatmaps(gpu_speedups(precisions=("bf16",)), "2:4"),
-    "2:4 alone, model": lambda: plots.model_speedup(results.speedups(gpu_vit()), "2:4", SHARES),
+    "2:4 alone, model": lambda: plots.model_speedup(comparisons.speedups(gpu_vit()), "2:4", SHARES),
     "contenders, cells missing": lambda: plots.contenders(linear(missing=[(64, 0.9)]), 0.9),
     "large, one cell": lambda: plots.large_matmuls(
-        results.speedups(gpu_squares()).query("block_size == 64 and sparsity == 0.9 and tokens == 4096")
+        comparisons.speedups(gpu_squares()).query("block_size == 64 and sparsity == 0.9 and tokens == 4096")
     ),
     "throughput, no dense": lambda: plots.linear_throughput(linear((32,), (0.9,)), 1e12),
     "modes, one": lambda: plots.execution_modes(gpu_vit(("mlp",), sparsities=(0.9,)).iloc[:1]),
@@ -1134,7 +1134,7 @@ def test_figures_tell_machine_threads_and_precision_below_a_title_in_words():
 
 
 def test_published_models_tell_what_accuracy_they_cost():
-    figure = plots.model_speedup(vit(batches=(256,)), "torch", SHARES, published(), results.published_losses())
+    figure = plots.model_speedup(vit(batches=(256,)), "torch", SHARES, published(), literature.losses())
     told = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert told[1] == [] and len(told[0]) == 1
     assert told[0][0].splitlines()[1:] == ["32×32: 0.75 at 80%, 2.3 at 90%", "64×64: 4.8 at 80%, 19 at 90%"]

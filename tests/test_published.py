@@ -11,7 +11,7 @@ from PIL import Image
 from superblock_reference import published, write
 from torch import nn
 
-from blockvit import data, models, notebook, pipeline, results
+from blockvit import checkout, data, models, notebook, pipeline, results
 from blockvit import published as command
 from blockvit.convert import to_block_sparse
 from blockvit.published import APPLIED, LEFT_OUT, RECIPE, PublishedCheckpoint, evaluate
@@ -217,7 +217,7 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_notebook_2_takes_it_in_place_of_a_trained_model(study, tmp_path):
     """As ``make reproduce CHECKPOINT=...`` runs it: the only notebook, with nothing trained before it."""
-    home = results.repository()
+    home = checkout.root()
     notebooks = pipeline.find_notebooks(home / "notebooks")
     assert [each.name for each in notebooks if "checkpoint" in each.defaults] == ["02_fold"]
     fold = next(each for each in notebooks if each.name == "02_fold")

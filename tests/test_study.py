@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from blockvit import bench, machine, results
+from blockvit import bench, checkout, machine
 from blockvit.study import Study
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -35,7 +35,7 @@ def row(**changes) -> dict:
 
 def test_paths_of_the_working_copy():
     study = Study.open("laptop")
-    home = results.repository()
+    home = checkout.root()
     assert study.store.root == home / "data" / "results"
     assert study.figures == home / "figures" / "laptop"
     assert study.cache == home / "data" / "cache"

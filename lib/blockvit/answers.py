@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from . import losses
+from .comparisons import break_even, fastest_of_each
 from .limits import amdahl
-from .losses import LIMITED_LOSS, TITLES
-from .results import break_even
 
 AT = 0.9
 """The sparsity at which the post states its speedups."""
@@ -29,12 +29,12 @@ def training(
     Args:
         top1: accuracies in percent of the dense and the masked models, as ``losses.top1`` gives them.
         masks: what ``masks_text`` says of them; may be empty.
-        overheads: of training steps, as ``results.step_overheads`` gives them; may be empty.
+        overheads: of training steps, as ``comparisons.step_overheads`` gives them; may be empty.
         dataset: its label.
         model: what was trained.
         step_model: whose steps were timed.
     """
-    told = [accuracy_text(top1, TITLES.get(dataset, dataset), model), masks, step_text(overheads, step_model)]
+    told = [accuracy_text(top1, losses.TITLES.get(dataset, dataset), model), masks, step_text(overheads, step_model)]
     return "\n".join(f"- {part}" for part in [*told, NO_THIRD_SPLIT if dataset == "digits" else ""] if part)
 
 
@@ -51,7 +51,7 @@ def accuracy_text(top1: pd.DataFrame, dataset: str, model: str, sparsity: float 
     )
     if left.empty:
         return f"On {dataset}, {told}; no masked model is trained to {sparsity:.0%} yet."
-    learns = "Yes" if dense.mean() - left.min() <= LIMITED_LOSS else "In part"
+    learns = "Yes" if dense.mean() - left.min() <= losses.LIMITED_LOSS else "In part"
     best, worst = (f"{int(block)}×{int(block)}" for block in (left.idxmax(), left.idxmin()))
     lowest = masked.loc[masked["value"].idxmin()]
     block = f"{lowest['block_size']:.0f}×{lowest['block_size']:.0f}"
@@ -113,7 +113,7 @@ def step_text(overheads: pd.DataFrame, step_model: str) -> str:
 def break_evens(speedups: pd.DataFrame, *, log: bool = False) -> dict[int, str]:
     """Break-even sparsity by block size: ``{16: "86%", 32: "never", 64: "already at 50%"}``; none without a sweep.
 
-    Of several layers or models it is the highest. ``log`` as in ``results.break_even``, so that text and figure agree.
+    Of several layers or models it is the highest. ``log`` as in ``comparisons.break_even``: text and figure agree.
     Rows of several token counts or batch sizes raise ``ValueError``: their break-evens differ.
     """
     for column in ("tokens", "batch_size"):
@@ -166,10 +166,9 @@ def model_summary(speedups: pd.DataFrame, shares: Mapping[str, float], sparsity:
         shares: for each scope, the share of the model's arithmetic that it holds.
         sparsity: at which the best speedup is told.
     """
-    cell = ["backend", "scope", "block_size", "sparsity"]
-    fastest = speedups.sort_values("speedup").drop_duplicates(cell, keep="last")
     lines = []
-    for (scope, backend), mine in fastest.groupby(["scope", "backend"]):
+    cells = fastest_of_each(speedups, ["backend", "scope", "block_size", "sparsity"])
+    for (scope, backend), mine in cells.groupby(["scope", "backend"]):
         at = mine[mine["sparsity"] == sparsity].sort_values("speedup")
         if at.empty:
             continue
@@ -218,7 +217,7 @@ def model_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def batch_line(speedups: pd.DataFrame) -> str:
     """The best speedup of each batch size and what reached it: ``0.81× (1, torch), 1.10× (16, torch_tuned)``."""
-    best = speedups.sort_values("speedup").drop_duplicates("batch_size", keep="last").sort_values("batch_size")
+    best = fastest_of_each(speedups, ["batch_size"]).sort_values("batch_size")
     return ", ".join(f"{row.speedup:.2f}× ({row.batch_size:.0f}, {row.backend})" for row in best.itertuples())
 
 
@@ -238,3 +237,78 @@ def trade_text(points: pd.DataFrame, batch_size: int, most: float = 2.0) -> str:
         f"{top['sparsity']:.0%})"
     )
     return f"{told}: no faster, its layers are too short to repay the gathering." if top["speedup"] <= 1 else f"{told}."
+
+
+def points_lost(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """What was lost, as sentences.
+
+    Args:
+        lost: cells of ``losses.points_lost``, of one model and recipe, by the reference method.
+        compared: those of one block size and sparsity, variants included; may be empty.
+    """
+    if lost.empty:
+        return "no masked model has a dense one to be compared with in the tables."
+    dense, worst = lost["dense_top1"].iloc[0], lost.groupby("sparsity")["lost"].max()
+    text = f"dense {dense:.1f}%. Most points lost by sparsity, over block sizes (mean of seeds): "
+    text += ", ".join(f"{points:.1f} at {s:.0%}" for s, points in worst.items()) + "."
+    beside = losses.beside_published(lost)
+    if len(beside):
+        cells = [
+            f"{row.lost:.1f} where {row.published:.2g} are published ({row.block_size:.0f}×{row.block_size:.0f}, "
+            f"{row.sparsity:.0%})"
+            for row in beside.itertuples()
+        ]
+        text += f" For scale, beside the published losses on ImageNet: {', '.join(cells)}."
+    tuned = compared["variant"].str.contains(losses.STARTED)
+    others, base = compared[(compared["variant"] != "") & ~tuned], losses.reference(compared)
+    if len(others) and len(base):
+        best, learnt = others.loc[others["lost"].idxmin()], base.iloc[0]
+        who = "the other" if len(others) == 1 else f"the best of {len(others)} others"
+        text += (
+            f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
+            f"{learnt['lost']:.1f} points, {who} {_change(best['lost'])} "
+            f"({best['variant']}){_apart(*losses.difference(best, learnt))}."
+        )
+        text += _learning_text(learnt, others[others["variant"] == losses.FROZEN])
+    return text + _tuned_text(compared[tuned])
+
+
+def _tuned_text(tuned: pd.DataFrame) -> str:
+    """What was lost by masks put on a trained dense model, of ``losses.points_lost``; empty without any."""
+    if tuned.empty:
+        return ""
+    best = tuned.loc[tuned["lost"].idxmin()]
+    how = " ".join(pair for pair in best["variant"].split() if pair != losses.STARTED)
+    error = losses.uncertainty(tuned.loc[[best.name]]).iloc[0]
+    return (
+        f" Masks put on the trained dense model {_change(best['lost'])} at {best['sparsity']:.0%} in blocks of "
+        f"{best['block_size']:.0f}, against that model trained on for as long ({best['dense_top1']:.1f}%)"
+        + (f", the best of {len(tuned)} ways" if len(tuned) > 1 else "")
+        + (f" ({how})" if how else "")
+        + (f"; one standard error is {error:.1f} points." if error == error else ".")
+    )
+
+
+def _change(lost: float) -> str:
+    return f"lost {lost:.1f}" if lost >= 0 else f"gained {-lost:.1f}"
+
+
+def _error_text(error: float) -> str:
+    return f"one standard error of the difference is {error:.1f} points"
+
+
+def _apart(points: float, error: float) -> str:
+    """What is behind a difference in prose: its standard error, and whether it is too small to count."""
+    if error != error:
+        return ""
+    return ("; " if abs(points) > 2 * error else ", which does not tell the two apart: ") + _error_text(error)
+
+
+def _learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
+    """Whether masks that are learnt lose less than masks left as they were drawn; empty without any of these."""
+    if frozen.empty:
+        return ""
+    gain, error = losses.difference(learnt, frozen.iloc[0])
+    shown = "is shown" if gain > 2 * error else "is not shown"
+    text = f" Masks left as they were drawn lost {frozen['lost'].iloc[0]:.1f}: that learning them helps {shown}"
+    return text + (f" ({_error_text(error)})." if error == error else ".")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .targets import is_hooked, replace_modules
+from .replace import is_hooked, replace_modules
 
 
 class MultiheadAttention(nn.Module):

@@ -27,7 +27,7 @@ from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
 from .models import num_classes
 from .patches import PatchEmbedding, is_patch_embedding
-from .targets import all_or_nothing, replace_modules
+from .replace import all_or_nothing, replace_modules
 
 FORMAT = 1
 

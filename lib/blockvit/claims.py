@@ -14,21 +14,10 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 import pandas as pd
 
-from . import losses
+from . import literature, losses
+from .comparisons import break_even, fastest_of_each, most_threads, newest, over_strongest_field, speedups, variant
 from .losses import LIMITED_LOSS, SMALL_LOSS
-from .results import (
-    FAILED,
-    OF_ANY_DEVICE,
-    SCOPE_TITLES,
-    Store,
-    break_even,
-    most_threads,
-    newest,
-    over_strongest_field,
-    published,
-    speedups,
-    variant,
-)
+from .results import FAILED, OF_ANY_DEVICE, SCOPE_TITLES, Store
 
 HOLDS, FAILS, OPEN, UNDECIDED = "holds", "does not hold", "not measured here", "not decided"
 """The last two: nothing was measured that the claim is about; or something was, and it is no ground to decide on."""
@@ -125,11 +114,6 @@ def _where(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
     return rows
 
 
-def _best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """The fastest row of each cell, over all backends and ways to compile."""
-    return rows.sort_values("speedup", ascending=False).drop_duplicates(by)
-
-
 def _x(value: float) -> str:
     return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
@@ -209,7 +193,7 @@ def c2(e: Evidence) -> Verdict:
         rows = _vit_b_16_cells(rows, "fp32")
         return rows[(rows["block_size"] >= 32) | (rows["sparsity"] >= 0.8)]
 
-    like, best = claimed(e.linear_like), _best(claimed(e.linear_best), _CELL)
+    like, best = claimed(e.linear_like), fastest_of_each(claimed(e.linear_best), _CELL)
     if like.empty:
         return NOT_MEASURED
     tokens = like["tokens"].max()  # the post measured at batch 256; a small batch is not what it speaks of
@@ -245,7 +229,7 @@ def c3(e: Evidence) -> Verdict:
     smaller = (both["speedup"] < both["speedup_fp32"]).mean()
     small_blocks = bf16[bf16["block_size"] < 64]["speedup"]
     usually_not = not (small_blocks > 1).mean() >= 0.5  # of no cells the mean is NaN: nothing speaks against it
-    best = _best(_where(_vit_b_16_cells(e.linear_best, "bf16"), tokens=tokens), _CELL)
+    best = fastest_of_each(_where(_vit_b_16_cells(e.linear_best, "bf16"), tokens=tokens), _CELL)
     return Verdict(
         HOLDS if smaller > 0.5 and usually_not else FAILS,
         f"at {tokens:.0f} tokens smaller than in fp32 in {smaller:.0%} of cells, {_faster(bf16)}",
@@ -271,7 +255,7 @@ def c4(e: Evidence) -> Verdict:
 
 def _best_by_block(rows: pd.DataFrame) -> str:
     """The fastest variant of each block size, named once if it is the same for all."""
-    best = _best(rows, ["block_size"]).sort_values("block_size")
+    best = fastest_of_each(rows, ["block_size"]).sort_values("block_size")
     names = [variant(row) for row in best.itertuples()]
     if len(set(names)) == 1:
         return f"{_by_block(best)} by {names[0]}"
@@ -285,7 +269,7 @@ def c5(e: Evidence) -> Verdict:
     goals = _published(metric="break_even_sparsity").set_index("block_size")["value"]
 
     def sweeps(rows: pd.DataFrame) -> pd.DataFrame:
-        rows = _best(_vit_b_16(rows, batch_size=256), ["precision", "block_size", "sparsity"])
+        rows = fastest_of_each(_vit_b_16(rows, batch_size=256), ["precision", "block_size", "sparsity"])
         enough = rows.groupby(["precision", "block_size"])["sparsity"].transform("nunique") >= 3
         return rows[enough & rows["block_size"].isin(goals.index)]
 
@@ -356,7 +340,7 @@ def _by_batch(rows: pd.DataFrame) -> str:
 
 def _from_batch(rows: pd.DataFrame) -> str:
     """From which batch size on the best variant is faster, at each batch measured."""
-    best = _best(rows, ["batch_size"]).sort_values("batch_size", ascending=False)
+    best = fastest_of_each(rows, ["batch_size"]).sort_values("batch_size", ascending=False)
     faster = best[(best["speedup"] > 1).cummin()]
     return f"from batch {faster['batch_size'].min():.0f} up{_by(faster)}" if len(faster) else "never"
 
@@ -478,7 +462,7 @@ def c9(e: Evidence) -> Verdict:
     def both(lost: pd.DataFrame, speeds: pd.DataFrame) -> pd.DataFrame:
         return lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
 
-    def fastest(points: pd.DataFrame) -> pd.Series | None:
+    def fastest_of_each(points: pd.DataFrame) -> pd.Series | None:
         points = points[points["lost"] < 2]
         return None if points.empty else points.loc[points["speedup"].idxmax()]
 
@@ -500,7 +484,7 @@ def c9(e: Evidence) -> Verdict:
             f"(block {point['block_size']:.0f}, {point['sparsity']:.0%}{how})"
         )
 
-    decides, top = fastest(like), fastest(best)
+    decides, top = fastest_of_each(like), fastest_of_each(best)
     ours = "" if top is None else f"best here: {text(top)}"
     if like.empty:
         return Verdict(UNDECIDED, "", ours, brief=ours)
@@ -559,7 +543,7 @@ def _sizes(rows: pd.DataFrame) -> str:
 
 
 def _published(**equal: object) -> pd.DataFrame:
-    return _where(published(), source="blog", **equal)
+    return _where(literature.numbers(), source="blog", **equal)
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Evidence], Verdict]]] = {

@@ -19,9 +19,11 @@ from .kernels import cpu, named, resolve
 from .linear import BlockSparseLinear, dense_warning
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
+from .obstacles import obstacles
 from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
+from .replace import check_not_hooked, is_hooked, replace_modules
 from .supermask import SupermaskLinear, conv_arguments, supermask_layers
-from .targets import Targets, check_not_hooked, is_hooked, matching, obstacles, replace_modules
+from .targets import Targets, matching
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from .answers import AT
+from .comparisons import break_even, fastest_of_each, newest, speedups
 from .limits import bandwidth, linear_seconds
-from .results import SCOPE_TITLES, break_even, newest, speedups
+from .results import SCOPE_TITLES
 
 CPU_BACKENDS = ("cpu", "cpu+dense")
 GPU_BACKENDS = ("triton", "triton+mlp")
@@ -132,7 +133,7 @@ def on_gpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> li
     for block in (16, 32, 64):
         ours = _ours(eager, GPU_BACKENDS, precision="fp32", batch_size=256, scope="mlp", block_size=block)
         case = f"break-even sparsity of ViT-B/16, batch 256, MLP, blocks of {block}, fp32"
-        edge = _highest(_break_evens(_fastest_of_each(ours)))
+        edge = _highest(_break_evens(fastest_of_each(ours, ["block_size", "sparsity"]).assign(backend="ours")))
         goals.append(Goal(case, "dense fp32, TF32 off", 0.3, edge, lower=True, percent=True))
     end_to_end(fastest, "tf32", "the fastest dense tf32", 1.5, block_size=64)
     for scope, sparsity, target in (("mlp", AT, 1.45), ("mlp+attention", AT, 1.8), ("mlp", 0.8, 1.25)):
@@ -196,10 +197,6 @@ def _over_backend(rows: pd.DataFrame, ours: str, other: str, **cell: Any) -> pd.
     theirs = rows.loc[rows["backend"] == other, ["group", "value"]].rename(columns={"value": "other"})
     pairs = newest(rows[rows["backend"] == ours].merge(theirs, on="group"))
     return pairs["other"] / pairs["value"]
-
-
-def _fastest_of_each(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.sort_values("speedup").drop_duplicates(["block_size", "sparsity"], keep="last").assign(backend="ours")
 
 
 def _break_evens(rows: pd.DataFrame, *, log: bool = False) -> list[float]:

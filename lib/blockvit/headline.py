@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .results import SCOPE_TITLES, Store, most_threads, over_strongest_field, published_losses, speedups
+from . import literature
+from .comparisons import fastest_of_each, most_threads, over_strongest_field, speedups
+from .results import SCOPE_TITLES, Store
 
 MODEL = "vit_b_16"
 BATCHES = (1, 256)  # one image is what a device sees; 256 is the post's
@@ -32,7 +34,7 @@ def _speedups(store: Store) -> pd.DataFrame:
     rows = pd.concat([most_threads(mine) for _, mine in rows.groupby("device")] or [rows])
     case = ["scope", "sparsity", "block_size"]
     found = over_strongest_field(speedups(rows)).merge(pd.DataFrame(CASES, columns=case))
-    found = found.sort_values("speedup").drop_duplicates(["device", "precision", "batch_size", *case], keep="last")
+    found = fastest_of_each(found, ["device", "precision", "batch_size", *case])
     eager = rows[(rows["backend"] == "dense") & (rows["compile"] == "eager") & (rows["metric"] == "latency")]
     return found.merge(eager[["group", "precision", "value"]].rename(columns={"value": "eager_value"}), how="left")
 
@@ -61,7 +63,7 @@ def _cell(rows: pd.DataFrame, scope: str, sparsity: float, block_size: int) -> s
 
 def _published_loss(scope: str, sparsity: float, block_size: int) -> str:
     """Of ViT-B/16 on ImageNet with a sparse MLP, as its sources have it."""
-    losses = published_losses()
+    losses = literature.losses()
     found = losses[(losses["sparsity"] == sparsity) & (losses["block_size"] == block_size)]
     return f"{found['lost'].iloc[0]:.1f}" if scope == "mlp" and len(found) else "none published"
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from .results import dense_throughput
+from .comparisons import dense_throughput
 
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a weight or an activation by precision class; TF32 is a way to multiply, its operands are fp32 in memory."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from .results import newest, published_losses
+from . import literature
+from .comparisons import newest
 
 HEADLINE = (0.7, 0.8, 0.9)
 """The sparsities that the claims are about and the published losses were measured at."""
@@ -119,7 +120,7 @@ def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Their rows with ``published`` (points of ImageNet top-1) and ``source``.
     """
-    goals = published_losses().rename(columns={"lost": "published"})
+    goals = literature.losses().rename(columns={"lost": "published"})
     return lost.merge(goals, on=["block_size", "sparsity"])
 
 
@@ -159,82 +160,7 @@ def setting(dataset: str, model: str, recipe: str) -> str:
     return ", ".join([TITLES.get(dataset, dataset), model, *([f"{epochs[1]} epochs"] if epochs else [])])
 
 
-def answer(lost: pd.DataFrame, compared: pd.DataFrame) -> str:
-    """What was lost, as sentences.
-
-    Args:
-        lost: cells of ``points_lost``, of one model and recipe, by the reference method.
-        compared: those of one block size and sparsity, variants included; may be empty.
-    """
-    if lost.empty:
-        return "no masked model has a dense one to be compared with in the tables."
-    dense, worst = lost["dense_top1"].iloc[0], lost.groupby("sparsity")["lost"].max()
-    text = f"dense {dense:.1f}%. Most points lost by sparsity, over block sizes (mean of seeds): "
-    text += ", ".join(f"{points:.1f} at {s:.0%}" for s, points in worst.items()) + "."
-    beside = beside_published(lost)
-    if len(beside):
-        cells = [
-            f"{row.lost:.1f} where {row.published:.2g} are published ({row.block_size:.0f}×{row.block_size:.0f}, "
-            f"{row.sparsity:.0%})"
-            for row in beside.itertuples()
-        ]
-        text += f" For scale, beside the published losses on ImageNet: {', '.join(cells)}."
-    tuned = compared["variant"].str.contains(STARTED)
-    others, base = compared[(compared["variant"] != "") & ~tuned], reference(compared)
-    if len(others) and len(base):
-        best, learnt = others.loc[others["lost"].idxmin()], base.iloc[0]
-        who = "the other" if len(others) == 1 else f"the best of {len(others)} others"
-        text += (
-            f" At {best['sparsity']:.0%} in blocks of {best['block_size']:.0f} the reference method lost "
-            f"{learnt['lost']:.1f} points, {who} {_change(best['lost'])} "
-            f"({best['variant']}){_apart(*difference(best, learnt))}."
-        )
-        text += learning_text(learnt, others[others["variant"] == FROZEN])
-    return text + _tuned_text(compared[tuned])
-
-
-def _tuned_text(tuned: pd.DataFrame) -> str:
-    """What was lost by masks put on a trained dense model, of ``points_lost``; empty without any."""
-    if tuned.empty:
-        return ""
-    best = tuned.loc[tuned["lost"].idxmin()]
-    how = " ".join(pair for pair in best["variant"].split() if pair != STARTED)
-    error = uncertainty(tuned.loc[[best.name]]).iloc[0]
-    return (
-        f" Masks put on the trained dense model {_change(best['lost'])} at {best['sparsity']:.0%} in blocks of "
-        f"{best['block_size']:.0f}, against that model trained on for as long ({best['dense_top1']:.1f}%)"
-        + (f", the best of {len(tuned)} ways" if len(tuned) > 1 else "")
-        + (f" ({how})" if how else "")
-        + (f"; one standard error is {error:.1f} points." if error == error else ".")
-    )
-
-
-def _change(lost: float) -> str:
-    return f"lost {lost:.1f}" if lost >= 0 else f"gained {-lost:.1f}"
-
-
 def difference(one: pd.Series, other: pd.Series) -> tuple[float, float]:
     """How many points more ``other`` lost than ``one``, and one standard error of that; rows of ``points_lost``."""
     variances = _variance(pd.DataFrame([one, other]).infer_objects())
     return other["lost"] - one["lost"], variances.sum(skipna=False) ** 0.5
-
-
-def _error_text(error: float) -> str:
-    return f"one standard error of the difference is {error:.1f} points"
-
-
-def _apart(points: float, error: float) -> str:
-    """What is behind a difference in prose: its standard error, and whether it is too small to count."""
-    if error != error:
-        return ""
-    return ("; " if abs(points) > 2 * error else ", which does not tell the two apart: ") + _error_text(error)
-
-
-def learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
-    """Whether masks that are learnt lose less than masks left as they were drawn; empty without any of these."""
-    if frozen.empty:
-        return ""
-    gain, error = difference(learnt, frozen.iloc[0])
-    shown = "is shown" if gain > 2 * error else "is not shown"
-    text = f" Masks left as they were drawn lost {frozen['lost'].iloc[0]:.1f}: that learning them helps {shown}"
-    return text + (f" ({_error_text(error)})." if error == error else ".")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .kernels.triton.packing import Packed
 from .linear import BlockSparseLinear
-from .targets import is_hooked, replace_modules
+from .replace import is_hooked, replace_modules
 from .transforms import needs_plain_operators
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}

@@ -30,7 +30,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from . import files, report
+from . import checkout, files, report
 from .machine import cpu_name
 from .notebook import COMPUTED, Notebook, NotebookError, PublishError, completed, execute, published
 
@@ -108,7 +108,7 @@ def reproduce(
             with their own defaults; ``draw_for`` may name a device of the tables to draw them for.
         readme: refresh README.md's claims after a run that decided them.
         tests: first run the tests that the profile names.
-        root: the repository; found by ``results.repository`` if None.
+        root: the repository; found by ``checkout.root`` if None.
         output: where progress is shown; standard output if None.
 
     Returns:
@@ -123,7 +123,7 @@ def reproduce(
         NotebookError: a cell failed; later notebooks were not run.
         PublishError: the outputs may not be committed; the repository's notebooks are unchanged.
     """
-    root = Path(root).resolve() if root else _repository()
+    root = Path(root).resolve() if root else checkout.root()
     output = output or sys.stdout
     paths = {"data_root": data, "checkpoint": checkpoint}
     overrides: dict[str, Any] = {name: str(Path(path).expanduser().resolve()) for name, path in paths.items() if path}
@@ -171,12 +171,6 @@ def _environment(root: Path) -> dict[str, str]:
     """Where the study, its results and figures are, for kernels that run in another folder than this process."""
     given = {name: os.environ.get(name) for name in ("BLOCKVIT_RESULTS", "BLOCKVIT_FIGURES")}
     return {"BLOCKVIT_HOME": str(root)} | {name: str(Path(text).resolve()) for name, text in given.items() if text}
-
-
-def _repository() -> Path:
-    from .results import repository  # imports pandas
-
-    return repository()
 
 
 def find_notebooks(folder: Path) -> list[Notebook]:

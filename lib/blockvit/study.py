@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from . import bench, machine, plots, results
+from . import bench, checkout, comparisons, machine, plots, results
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Study:
                 "choose PROFILE=laptop, or set draw_for to draw from committed tables"
             )
         plots.set_style()
-        figures = Path(os.environ.get("BLOCKVIT_FIGURES") or results.repository() / "figures") / profile
+        figures = Path(os.environ.get("BLOCKVIT_FIGURES") or checkout.root() / "figures") / profile
         return cls(profile, torch.device(device), results.Store(results_dir), figures, draw_for)
 
     @property
@@ -79,7 +79,7 @@ class Study:
         those of the most threads, unless ``threads`` is among the columns.
         """
         if experiment in results.OF_ANY_DEVICE:
-            rows = results.newest(self.store.read(experiment), ignore=("device", "threads"))
+            rows = comparisons.newest(self.store.read(experiment), ignore=("device", "threads"))
         else:
             rows = self.store.read(experiment, device=self.device_name)
         for column, wanted in columns.items():
@@ -87,7 +87,7 @@ class Study:
         if self.measures and (own := rows["run"] == self.store.run).any():
             rows = rows[own]
         if "threads" not in columns:
-            rows = results.most_threads(rows)
+            rows = comparisons.most_threads(rows)
         return rows.reset_index(drop=True)
 
     def save(self, figure: Figure, name: str) -> Figure:

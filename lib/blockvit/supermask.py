@@ -32,7 +32,8 @@ from .masks import (
     num_kept,
     soft_top_k,
 )
-from .targets import Targets, check_not_hooked, matching, per_layer, replace_modules
+from .replace import check_not_hooked, replace_modules
+from .targets import Targets, matching, per_layer
 from .transforms import inside_functorch
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")

@@ -1,19 +1,15 @@
-"""Choosing layers of a model by name or predicate, and putting others in their place."""
+"""Choosing layers of a model by name or predicate, and what holds for each of them."""
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from .obstacles import obstacles
 
 Predicate = Callable[[str, nn.Module], bool]
 Targets = str | Iterable[str] | Predicate
@@ -67,91 +63,6 @@ def matching(
             + "\n".join(named)
         )
     return left
-
-
-def obstacles(modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]) -> dict[str, str]:
-    """Why layers of ``types`` among ``modules`` cannot be replaced, by name; of those with an obstacle only."""
-    found = {name: _obstacle(name, module, modules) for name, module in modules.items() if isinstance(module, types)}
-    return {name: why for name, why in found.items() if why is not None}
-
-
-def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    if reader := _reader(name, layer, modules):
-        return f"{type(reader).__name__} reads its weight instead of calling it, so what stood there would be ignored"
-    if hasattr(layer, "parametrizations"):
-        return (
-            "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations(layer, name) for each of "
-            f"{list(layer.parametrizations)} first"
-        )
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        return None
-    for tensor in ("weight", "bias"):
-        if tensor not in layer._parameters:
-            return f"its {tensor} is no parameter but computed; {_remedy(layer, tensor)} first"
-    if is_lazy(layer.weight):
-        return "it is not initialised; call the model once first"
-    if 0 in layer.weight.shape:
-        return f"its weight has shape {tuple(layer.weight.shape)}, which holds no blocks"
-    return None
-
-
-_METADATA = ("dtype", "device", "shape", "ndim", "requires_grad", "is_meta")
-"""What a module may ask of a layer's weight without computing with it."""
-
-
-def _reader(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The module above ``layer`` whose ``forward`` computes with its weight, as far as the source tells."""
-    parts = name.split(".")
-    for depth in reversed(range(len(parts))):
-        holder = modules.get(".".join(parts[:depth]))
-        if holder is not layer and ".".join(parts[depth:]) in _layers_read_by(holder):
-            return holder
-    return None
-
-
-def _layers_read_by(module: nn.Module | None) -> frozenset[str]:
-    if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
-        return frozenset({"out_proj"})
-    if module is None or isinstance(module, nn.TransformerEncoderLayer):  # its fused path is turned off
-        return frozenset()
-    return _layers_read_in(type(module))
-
-
-@cache
-def _layers_read_in(kind: type[nn.Module]) -> frozenset[str]:
-    """Names, below a module of ``kind``, of what its ``forward`` and the methods that this calls read a weight of."""
-    read, known, ahead = set(), set(), ["forward"]
-    while ahead:
-        known.add(method := ahead.pop())
-        attributes = [node for node in ast.walk(_source_of(kind, method)) if isinstance(node, ast.Attribute)]
-        asked = {id(node.value) for node in attributes if node.attr in _METADATA}
-        for node in attributes:
-            holder = ast.unparse(node.value)
-            if node.attr == "weight" and id(node) not in asked and re.fullmatch(r"self(\.\w+)+", holder):
-                read.add(holder.removeprefix("self."))
-            elif holder == "self" and node.attr not in known and not hasattr(nn.Module, node.attr):
-                ahead.append(node.attr)
-    return frozenset(read)
-
-
-def _source_of(kind: type, name: str) -> ast.AST:
-    """A method or property as its source has it; empty if it is neither, or there is no source at hand."""
-    found = inspect.getattr_static(kind, name, None)
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(found.fget if isinstance(found, property) else found)))
-    except (OSError, TypeError, SyntaxError):
-        return ast.Module([], [])
-
-
-def _remedy(layer: nn.Module, tensor: str) -> str:
-    """What takes off what computes a layer's tensor from others by a hook."""
-    if hasattr(layer, f"{tensor}_g"):
-        return f"call torch.nn.utils.remove_weight_norm(layer, {tensor!r})"
-    if hasattr(layer, f"{tensor}_mask"):
-        return f"call torch.nn.utils.prune.remove(layer, {tensor!r})"
-    if hasattr(layer, f"{tensor}_u"):
-        return f"call torch.nn.utils.remove_spectral_norm(layer, {tensor!r})"
-    return "make it an nn.Parameter"
 
 
 def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
@@ -209,64 +120,3 @@ def per_layer(
             f"the layers are:\n{_listing(layers)}"
         )
     return {name: setting[key] for name, key in deciding.items()}
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has changed what calling ``module`` does: by hooks, or a ``forward`` of this instance alone."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def check_not_hooked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if one of ``modules``, which are to be replaced, has what would be lost with it."""
-    for name, module in modules.items():
-        if is_hooked(module):
-            what = "a forward set on the instance" if "forward" in vars(module) else "hooks"
-            raise ValueError(
-                f"{name} ({type(module).__name__}) has {what}, which replacing it would lose; remove that first, "
-                "or leave the layer out with skip="
-            )
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Module], nn.Module]]) -> None:
-    """Replace submodules in place: each name maps to a function from the old module to the new one.
-
-    A module that stands at several names, itself or through a shared parent, is replaced once and shared again. All
-    new modules are made before the first is replaced, so that an error leaves the model as it was.
-
-    Raises:
-        ValueError: the model itself is to be replaced, or a module that has hooks.
-    """
-    if "" in replacements:
-        raise ValueError(
-            f"the model is itself the {type(model).__name__} to be replaced, which cannot be done in place; "
-            "wrap it in nn.Sequential"
-        )
-    old = {name: model.get_submodule(name) for name in replacements}
-    check_not_hooked(old)
-    made: dict[int, nn.Module] = {}
-    for name, make in replacements.items():
-        if id(old[name]) not in made:
-            made[id(old[name])] = make(old[name])
-    for name in replacements:
-        parent_name, _, child_name = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child_name, made[id(old[name])])
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If what is done within fails, every submodule of ``model`` stands again where it stood, set as it was.
-
-    Tensors are not copied: what is done within may replace modules, and not write into parameters.
-    """
-    before = [(module, vars(module).copy(), dict(module._modules)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, children in before:
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
-        raise

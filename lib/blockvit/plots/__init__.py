@@ -1,6 +1,6 @@
 """Every figure of the study, drawn from tables alone: no torch, no measuring, one shared style.
 
-A figure takes rows as ``results.Store.read`` gives them (or ``results.speedups`` of them) and returns a matplotlib
+A figure takes rows as ``results.Store.read`` gives them (or ``comparisons.speedups`` of them) and returns a matplotlib
 figure. What is computed for a figure and would stand in a text as well belongs into ``results`` or ``limits``.
 
 - ``training``: models while they are trained, and their masks.

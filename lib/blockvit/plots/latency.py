@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ..results import SCOPE_TITLES, newest
+from ..comparisons import newest
+from ..results import SCOPE_TITLES
 from .rows import one_of, require
 from .style import (
     WIDTH,

@@ -17,8 +17,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from ..comparisons import break_even, dense_throughput
 from ..limits import kept_share
-from ..results import break_even, dense_throughput
 from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
 from .style import (
     COLOURS,

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..comparisons import fastest_of_each
 from ..limits import amdahl
 from .rows import baseline, block_sizes, by_block, one_of, require, without_blocks
 from .style import (
@@ -59,13 +60,13 @@ def model_speedup(
         backend: whose.
         shares: for each scope, the share of the model's arithmetic that it holds.
         published: published speedups with ``scope``, ``block_size``, ``sparsity``, ``value`` and ``device``, drawn
-            hollow: those of ``results.published_speedups`` that compare with this model and precision.
-        published_loss: ``results.published_losses`` of this model; told in the panel of the MLP beside those points.
+            hollow: those of ``literature.speedups`` that compare with this model and precision.
+        published_loss: ``literature.losses`` of this model; told in the panel of the MLP beside those points.
     """
     of_scopes = speedups[speedups["scope"].isin(shares)]
     mine = require(of_scopes[of_scopes["backend"] == backend], f"whole models through {backend!r}")
     one_of(mine, "model", "precision", "batch_size")
-    rows = _fastest(of_scopes, ("backend", "scope", "block_size", "sparsity")).sort_values("sparsity")
+    rows = fastest_of_each(of_scopes, ("backend", "scope", "block_size", "sparsity")).sort_values("sparsity")
     scopes = [s for s in shares if s in set(mine["scope"])]
     figure, panels = panel_grid(len(scopes), 3, 2.4)
     entitle(figure, f"{_whole_models(mine)}: speedup of {backend_title(backend)}", measured_on(mine))
@@ -134,7 +135,7 @@ def batch_sizes(
     """
     rows = require(speedups[speedups["backend"].isin(backends)], "batch sizes")
     one_of(rows, "model", "precision", "scope")
-    rows = _fastest(rows, ("backend", "batch_size", "block_size"))
+    rows = fastest_of_each(rows, ("backend", "batch_size", "block_size"))
     present = [b for b in backends if b in set(rows["backend"])]
     figure, panels = panel_grid(len(present), 3, 2.0, sharex=True, sharey=True)
     entitle(figure, f"{model_setting(rows)}: speedup by batch size", measured_on(rows))
@@ -277,11 +278,6 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float], rows: p
     left.set_title("size")
     right.set_title("time, once")
     return figure
-
-
-def _fastest(speedups: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
-    """The fastest row of each cell, whatever its compile mode."""
-    return speedups.sort_values("speedup").drop_duplicates(list(cell), keep="last")
 
 
 def _whole_models(rows: pd.DataFrame) -> str:

@@ -117,7 +117,7 @@ def step_overhead(overheads: pd.DataFrame) -> Figure:
     A panel a backend (ours first), a line a block size, on one scale.
 
     Args:
-        overheads: as ``results.step_overheads`` gives them, of one model, precision, sparsity and way to compile.
+        overheads: as ``comparisons.step_overheads`` gives them, of one model, precision, sparsity and way to compile.
     """
     rows = require(overheads, "training steps of masked models")
     one_of(rows, "model", "precision", "sparsity", "compile")
