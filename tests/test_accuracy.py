@@ -355,7 +355,7 @@ def test_masks(trained):
 
 
 def ten_classes(seed: int, count: int) -> np.ndarray:
-    """``count`` noisy pictures of each of ten colours, class after class: uint8 ``(10 * count, 32, 32, 3)``."""
+    """``count`` noisy images of each of ten colours, class after class: uint8 ``(10 * count, 32, 32, 3)``."""
     rng = np.random.default_rng(seed)
     colours = np.repeat(np.arange(10) * 25, count)[:, None, None, None]
     return (colours + rng.integers(0, 6, (10 * count, 32, 32, 3))).astype(np.uint8)
@@ -366,11 +366,11 @@ TRAIN, TEST = ten_classes(0, 5), ten_classes(1, 2)
 
 def as_folder(root: Path, suffix: str) -> Path:
     """An ImageFolder with ``TRAIN`` and ``TEST``."""
-    for split, pictures in (("train", TRAIN), ("test", TEST)):
-        for i, picture in enumerate(pictures):
-            folder = root / split / f"class{10 * i // len(pictures)}"
+    for split, images in (("train", TRAIN), ("test", TEST)):
+        for i, image in enumerate(images):
+            folder = root / split / f"class{10 * i // len(images)}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(folder / f"{i:03}.{suffix}")
+            Image.fromarray(image).save(folder / f"{i:03}.{suffix}")
     return root
 
 
@@ -379,8 +379,8 @@ def as_torchvisions_files(root: Path) -> Path:
     base = root / CIFAR10.base_folder
     base.mkdir(parents=True)
 
-    def write(name: str, pictures: np.ndarray, labels: list[int]) -> None:
-        flat = pictures.transpose(0, 3, 1, 2).reshape(len(pictures), -1)
+    def write(name: str, images: np.ndarray, labels: list[int]) -> None:
+        flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
         (base / name).write_bytes(pickle.dumps({"data": flat, "labels": labels}))
 
     for i, (name, _) in enumerate(CIFAR10.train_list):
@@ -406,7 +406,7 @@ def test_a_folder_and_torchvisions_files_are_trained_on_alike(monkeypatch, tmp_p
     for name, root in sources.items():
         store, cache = Store(tmp_path / f"{name}-results"), tmp_path / "cache" / "checkpoints"
         how = {"checkpoints": cache, "data_root": str(root), "recipe": recipe}
-        if name == "png":  # the same pictures as the files: these would be found trained
+        if name == "png":  # the same images as the files: these would be found trained
             shutil.rmtree(cache)
         assert accuracy.run(grid, store, **how).measured == 2
         assert accuracy.run(grid, store, **how).kept == 2

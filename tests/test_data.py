@@ -21,7 +21,7 @@ CIFAR_CLASSES = ["cat", "dog"]
 
 
 def write_folder(root, splits=("train", "test"), classes=CIFAR_CLASSES, count=3, size=32, mode="RGB"):
-    """An ImageFolder whose picture i of class c is of one colour, 40 * c + i."""
+    """An ImageFolder whose image i of class c is of one colour, 40 * c + i."""
     for split in splits:
         for label, name in enumerate(classes):
             folder = root / split / name
@@ -33,7 +33,7 @@ def write_folder(root, splits=("train", "test"), classes=CIFAR_CLASSES, count=3,
 
 
 def write_cifar_pickles(root, count=4):
-    """torchvision's own CIFAR-10 layout, ``count`` pictures a batch."""
+    """torchvision's own CIFAR-10 layout, ``count`` images a batch."""
     base = root / CIFAR10.base_folder
     base.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_cifar10_from_a_folder(tmp_path, eval_folder):
     assert cifar.train.images[:, 1, 5, 7].tolist() == [0, 1, 2, 40, 41, 42]
 
 
-def test_cifar10_folder_of_other_sizes_and_grey_pictures(tmp_path):
+def test_cifar10_folder_of_other_sizes_and_grey_images(tmp_path):
     cifar = data.load("cifar10", write_folder(tmp_path, size=40, mode="L"), image_size=16)
     assert cifar.image_size == 16
     assert cifar.test.images[:, 2, 8, 8].tolist() == [0, 1, 2, 40, 41, 42]
@@ -131,15 +131,15 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
 
 
 def test_both_layouts_of_cifar10_are_one_data_set(tmp_path, monkeypatch):
-    """The same pictures as pickles and as an ImageFolder: the same tensors but for their order, the same training."""
+    """The same images as pickles and as an ImageFolder: the same tensors but for their order, the same training."""
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     pickles = data.load("cifar10", write_cifar_pickles(tmp_path / "pickles", count=10))
     for split, part in (("train", pickles.train), ("test", pickles.test)):
-        for number, (picture, label) in enumerate(zip(*part[:], strict=True)):
+        for number, (image, label) in enumerate(zip(*part[:], strict=True)):
             folder = tmp_path / "folder" / split / pickles.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:02}.png")
     folder = data.load("cifar10", tmp_path / "folder")
     assert (folder.classes, folder.image_size) == (pickles.classes, pickles.image_size)
     for one, other in ((pickles.train, folder.train), (pickles.test, folder.test)):
@@ -198,7 +198,7 @@ def test_cache_of_another_folder_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["imagenet", "folder"])
-def test_large_pictures_are_decoded_when_asked_for(tmp_path, name):
+def test_large_images_are_decoded_when_asked_for(tmp_path, name):
     splits = data.load(name, write_folder(tmp_path, ("train", "val"), size=60), image_size=48)
     assert (splits.name, splits.source, splits.classes) == (name, f"ImageFolder {tmp_path}", CIFAR_CLASSES)
     image, label = splits.test[4]
@@ -214,48 +214,48 @@ def test_imagenet_is_224_pixels_by_default(tmp_path):
 
 def test_train_transform_varies_eval_transform_does_not():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     train, evaluate = data.train_transform(32, auto_augment="ra"), data.eval_transform(32)
-    assert train(picture).shape == (3, 32, 32)
-    assert train(picture).dtype == torch.uint8
-    assert not torch.equal(train(picture), train(picture))
-    assert torch.equal(evaluate(picture), evaluate(picture))
+    assert train(image).shape == (3, 32, 32)
+    assert train(image).dtype == torch.uint8
+    assert not torch.equal(train(image), train(image))
+    assert torch.equal(evaluate(image), evaluate(image))
     names = [type(step).__name__ for step in data.train_transform(32, hflip=False).transforms]
     assert names == ["PILToTensor", "RandomResizedCrop"]
 
 
 def preset(*steps):
-    """torchvision's reference preset, its steps on Pillow's pictures."""
+    """torchvision's reference preset, its steps on Pillow's images."""
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(320, 240), (200, 300)])
 def test_sizes_of_evaluation_are_those_of_the_recipe_of_vit_b_16(size, interpolation):
-    """224 out of 256, like the reference on Pillow's pictures but for rounding."""
+    """224 out of 256, like the reference on Pillow's images but for rounding."""
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    ours = data.eval_transform(224, interpolation=interpolation)(picture)
-    assert torch.equal(ours, data.eval_transform(224, 256, interpolation=interpolation)(picture))
+    image = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    ours = data.eval_transform(224, interpolation=interpolation)(image)
+    assert torch.equal(ours, data.eval_transform(224, 256, interpolation=interpolation)(image))
     resize = v2.Resize(256, interpolation=InterpolationMode(interpolation), antialias=True)
-    expected = preset(resize, v2.CenterCrop(224))(picture)
+    expected = preset(resize, v2.CenterCrop(224))(image)
     assert ours.shape == (3, 224, 224)
     assert (ours.int() - expected.int()).abs().max() <= 2
     other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
     for changed in (data.eval_transform(224, interpolation=other), data.eval_transform(224, 288)):
-        assert (ours.int() - changed(picture).int()).abs().max() > 2
+        assert (ours.int() - changed(image).int()).abs().max() > 2
 
 
 def test_training_crops_as_the_reference_does():
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((320, 240))
+    image = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((320, 240))
     torch.manual_seed(1)
-    ours = data.train_transform(64, hflip=True)(picture)
+    ours = data.train_transform(64, hflip=True)(image)
     torch.manual_seed(1)
-    expected = preset(v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip())(picture)
+    expected = preset(v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip())(image)
     assert (ours.int() - expected.int()).abs().max() <= 2
     torch.manual_seed(1)
-    assert not torch.equal(data.train_transform(64, hflip=True, interpolation="nearest")(picture), ours)
+    assert not torch.equal(data.train_transform(64, hflip=True, interpolation="nearest")(image), ours)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_sizes_and_interpolations_that_do_not_exist(call, message):
         call()
 
 
-def test_pictures_to_evaluate_on_need_no_pictures_to_train_on(tmp_path):
+def test_images_to_evaluate_on_need_no_images_to_train_on(tmp_path):
     write_folder(tmp_path, ("val",), size=60)
     images, classes = data.evaluation(tmp_path, val_crop_size=48, val_resize_size=50)
     assert (classes, len(images)) == (CIFAR_CLASSES, 6)
@@ -323,15 +323,15 @@ def test_a_split_is_missing(tmp_path, missing):
 
 def test_no_classes(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match="train holds no classes; expected one folder of pictures"):
+    with pytest.raises(ValueError, match="train holds no classes; expected one folder of images"):
         data.load("cifar10", tmp_path)
 
 
-def test_class_without_pictures(tmp_path):
+def test_class_without_images(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "train" / "eel").mkdir()
     with pytest.raises(
-        ValueError, match=r"train holds no pictures of: eel; add some \(.*\.png.*\), make .*or remove them"
+        ValueError, match=r"train holds no images of: eel; add some \(.*\.png.*\), make .*or remove them"
     ):
         data.load("folder", tmp_path)
 
@@ -355,26 +355,26 @@ def test_many_classes_in_only_one_split(tmp_path, missing):
         data.load("imagenet", tmp_path)
 
 
-def test_pictures_without_class_folders(tmp_path):
+def test_images_without_class_folders(tmp_path):
     """What ImageNet's validation archive unpacks to."""
     write_folder(tmp_path, ("train",))
-    for picture in (tmp_path / "train" / "cat").iterdir():
+    for image in (tmp_path / "train" / "cat").iterdir():
         (tmp_path / "val").mkdir(exist_ok=True)
-        shutil.copy(picture, tmp_path / "val" / picture.name)
-    with pytest.raises(ValueError, match="val holds 3 pictures but no classes; expected one folder of pictures"):
+        shutil.copy(image, tmp_path / "val" / image.name)
+    with pytest.raises(ValueError, match="val holds 3 images but no classes; expected one folder of images"):
         data.load("imagenet", tmp_path)
 
 
-def test_class_folders_that_hold_no_pictures_at_all(tmp_path):
+def test_class_folders_that_hold_no_images_at_all(tmp_path):
     for split in ("train", "val"):
         for name in CIFAR_CLASSES:
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "readme.txt").write_text("no picture, and not named like one")
-    with pytest.raises(ValueError, match="train holds no pictures of: cat, dog; add some"):
+            (tmp_path / split / name / "readme.txt").write_text("no image, and not named like one")
+    with pytest.raises(ValueError, match="train holds no images of: cat, dog; add some"):
         data.load("imagenet", tmp_path)
 
 
-# Pictures that cannot be decoded
+# Images that cannot be decoded
 
 
 def damage(root, kind="text"):
@@ -389,7 +389,7 @@ def damage(root, kind="text"):
             path.unlink()
             path.symlink_to(root)
         else:
-            path.write_bytes({"text": b"no picture", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
+            path.write_bytes({"text": b"no image", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
     return paths
 
 
@@ -398,7 +398,7 @@ WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
 
 
 @KINDS
-def test_damaged_pictures_in_memory_are_left_out_and_told(tmp_path, kind):
+def test_damaged_images_in_memory_are_left_out_and_told(tmp_path, kind):
     damage(write_folder(tmp_path), kind)
     with pytest.warns(UserWarning) as caught:
         cifar = data.load("cifar10", tmp_path)
@@ -413,13 +413,13 @@ def test_damaged_pictures_in_memory_are_left_out_and_told(tmp_path, kind):
         assert split.images[:, 0, 0, 0].tolist() == [0, 1, 2, 41]
 
 
-def test_a_set_with_damaged_pictures_is_not_cached(tmp_path):
+def test_a_set_with_damaged_images_is_not_cached(tmp_path):
     """It may be repaired by the next time, and if not, it is told again."""
     root, cache = write_folder(tmp_path / "set"), tmp_path / "cache"
     *train_broken, one, other = damage(root)
     for broken, left in ((train_broken, 4), ((one, other), 6)):
         for _ in range(2):
-            with pytest.warns(UserWarning, match="2 of 6 pictures cannot be decoded"):
+            with pytest.warns(UserWarning, match="2 of 6 images cannot be decoded"):
                 assert len(data.load("cifar10", root, cache_dir=cache).train) == left
         for path in broken:
             shutil.copy(path.with_name("1.png"), path)
@@ -427,70 +427,68 @@ def test_a_set_with_damaged_pictures_is_not_cached(tmp_path):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_split_in_memory_without_any_readable_picture(tmp_path):
+def test_a_split_in_memory_without_any_readable_image(tmp_path):
     for path in (write_folder(tmp_path) / "train").glob("*/*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of 6 pictures can be decoded, the first of them .*cat/0\.png \("):
+    with pytest.raises(ValueError, match=r"none of 6 images can be decoded, the first of them .*cat/0\.png \("):
         data.load("cifar10", tmp_path)
 
 
 @KINDS
 @WORKERS
-def test_training_takes_the_next_picture_for_a_damaged_one(tmp_path, kind, num_workers):
+def test_training_takes_the_next_image_for_a_damaged_one(tmp_path, kind, num_workers):
     """Batches stay full; the workers' counts come back; the report names the files and what is wrong with them."""
     broken = damage(write_folder(tmp_path), kind)
     images = replace(data.load("folder", tmp_path, image_size=8).train, transform=data.eval_transform(8))
     assert data.damage_report(images) is None
     batches = list(DataLoader(images, 3, num_workers=num_workers))
-    assert [len(pictures) for pictures, _ in batches] == [3, 3]
-    pictures, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert [len(batch) for batch, _ in batches] == [3, 3]
+    seen, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() == [0, 0, 0, 1, 1, 0]
-    assert pictures[:, 0, 0, 0].tolist() == [0, 1, 2, 41, 41, 0]  # the last one's next is the first
+    assert seen[:, 0, 0, 0].tolist() == [0, 1, 2, 41, 41, 0]  # the last one's next is the first
     assert images.damaged.nonzero().flatten().tolist() == [3, 5]
     report = data.damage_report(images)
-    told = rf"2 of 6 pictures .*; others were taken in their place: {broken[0]} \(.+\), {broken[1]} \(.+\)\. Replace"
+    told = rf"2 of 6 images .*; others were taken in their place: {broken[0]} \(.+\), {broken[1]} \(.+\)\. Replace"
     assert re.match(told, report)
     list(DataLoader(images, 3, num_workers=num_workers))
-    assert data.damage_report(images) == report, "the same pictures are not counted again in the next epoch"
+    assert data.damage_report(images) == report, "the same images are not counted again in the next epoch"
 
 
 @KINDS
 @WORKERS
-def test_evaluation_counts_a_damaged_picture_neither_right_nor_wrong(tmp_path, kind, num_workers):
+def test_evaluation_counts_a_damaged_image_neither_right_nor_wrong(tmp_path, kind, num_workers):
     damage(write_folder(tmp_path), kind)
     images = data.load("folder", tmp_path, image_size=8).test
     labels = torch.cat([labels for _, labels in DataLoader(images, 4, num_workers=num_workers)])
     assert labels.tolist() == [0, 0, 0, data.DAMAGED, 1, data.DAMAGED]
 
     class Bright(torch.nn.Module):
-        """Right about every dog, wrong about every cat, and dogs are what it would call a black picture."""
+        """Right about every dog, wrong about every cat, and dogs are what it would call a black image."""
 
         def forward(self, x):
             return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
 
-    with pytest.warns(
-        UserWarning, match=r"2 of 6 pictures cannot be decoded; they count neither right nor wrong: .*dog"
-    ):
+    with pytest.warns(UserWarning, match=r"2 of 6 images cannot be decoded; they count neither right nor wrong: .*dog"):
         result = train.evaluate(Bright(), images, num_workers=num_workers)
     assert (result["top1"], result["damaged"]) == (1 / 4, 2)
     assert result["loss"] == pytest.approx(1 / 4 * math.log(1 + math.exp(-1)) + 3 / 4 * math.log(1 + math.exp(1)))
 
 
-def test_pictures_to_train_on_are_not_substituted_where_they_are_evaluated_on(tmp_path):
+def test_images_to_train_on_are_not_substituted_where_they_are_evaluated_on(tmp_path):
     damage(write_folder(tmp_path))
     images = data.load("folder", tmp_path, image_size=8).train
     with pytest.warns(UserWarning, match="2 of 6"):
         assert train.evaluate(models.create("vit_digits", num_classes=2), images)["damaged"] == 2
 
 
-def test_accuracy_needs_a_picture_that_can_be_decoded(tmp_path):
+def test_accuracy_needs_an_image_that_can_be_decoded(tmp_path):
     for path in (write_folder(tmp_path) / "test").glob("*/*.png"):
         path.write_bytes(b"")
     images = data.load("folder", tmp_path, image_size=8).test
     model = models.create("vit_digits", num_classes=2)
     with (
         pytest.warns(UserWarning, match="6 of 6"),
-        pytest.raises(ValueError, match="none of 6 pictures can be decoded"),
+        pytest.raises(ValueError, match="none of 6 images can be decoded"),
     ):
         train.evaluate(model, images)
 
@@ -504,21 +502,21 @@ def test_a_lost_disk_is_no_reason_to_go_on_training(tmp_path, num_workers):
     images = data.load("folder", root, image_size=8).train
     loader = DataLoader(images, sampler=[35], num_workers=num_workers)
     with pytest.raises(
-        OSError, match=r"train/dog/.*\.png and the 16 pictures after it cannot be decoded; check the disk"
+        OSError, match=r"train/dog/.*\.png and the 16 images after it cannot be decoded; check the disk"
     ):
         list(loader)
     assert images.damaged.nonzero().flatten().tolist() == list(range(35, 52))
 
 
-def test_a_picture_that_may_not_be_read_is_damaged_like_any_other(tmp_path, monkeypatch):
+def test_an_image_that_may_not_be_read_is_damaged_like_any_other(tmp_path, monkeypatch):
     """By a refusing ``open``, because who runs the tests as root may read everything."""
     root = write_folder(tmp_path)
-    refused, open_picture = root / "test" / "cat" / "1.png", Image.open
+    refused, open_image = root / "test" / "cat" / "1.png", Image.open
 
     def refuse(path, *args):
         if Path(path) == refused:
             raise PermissionError(13, "Permission denied", str(path))
-        return open_picture(path, *args)
+        return open_image(path, *args)
 
     monkeypatch.setattr(Image, "open", refuse)
     images = data.load("folder", root, image_size=8).test
@@ -537,7 +535,7 @@ def test_a_report_names_only_the_first(tmp_path):
         images[i]
     report = data.damage_report(images)
     assert (
-        report.startswith("6 of 12 pictures") and report.count("/test/cat/") == 2 * 3 and "), ... Replace" not in report
+        report.startswith("6 of 12 images") and report.count("/test/cat/") == 2 * 3 and "), ... Replace" not in report
     )
     assert re.search(r"cat/2\.png \(.*\), \.\.\.\. Replace", report)
 

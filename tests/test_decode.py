@@ -1,4 +1,4 @@
-"""Every kind of picture comes out as RGB, as torchvision's reference decodes it; every damaged file as one error."""
+"""Every kind of image comes out as RGB, as torchvision's reference decodes it; every damaged file as one error."""
 
 import warnings
 
@@ -14,9 +14,9 @@ NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 
 
 def palette(mode="P"):
-    picture = Image.new(mode, (8, 8), 1)
-    picture.putpalette([0, 0, 0, *COLOUR])
-    return picture
+    image = Image.new(mode, (8, 8), 1)
+    image.putpalette([0, 0, 0, *COLOUR])
+    return image
 
 
 KINDS = {
@@ -37,14 +37,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_picture_becomes_rgb_as_in_the_reference(tmp_path, name):
-    picture, how, expected = KINDS[name]
-    picture.save(tmp_path / name, **how)
+def test_every_kind_of_image_becomes_rgb_as_in_the_reference(tmp_path, name):
+    image, how, expected = KINDS[name]
+    image.save(tmp_path / name, **how)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module=r"PIL\.")  # the module's own filter, which pytest undoes
         decoded = decode(tmp_path / name)
-    assert (decoded.mode, decoded.size) == ("RGB", picture.size)
+    assert (decoded.mode, decoded.size) == ("RGB", image.size)
     np.testing.assert_allclose(np.asarray(decoded), np.broadcast_to(expected, (8, 8, 3)), atol=4)  # JPEG is lossy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,7 +60,7 @@ def test_sixteen_bits_a_pixel_keep_their_upper_eight(tmp_path, ending):
 
 
 def test_thirty_two_bits_are_taken_for_sixteen(tmp_path):
-    """Older versions of Pillow open pictures of 16 bits so."""
+    """Older versions of Pillow open images of 16 bits so."""
     Image.fromarray(np.array([[0, 257 * 100, 0xFFFF, 1 << 20]], np.int32)).save(tmp_path / "grey.tif")
     assert np.asarray(decode(tmp_path / "grey.tif"))[0, :, 0].tolist() == [0, 100, 255, 255]
 
@@ -105,7 +105,7 @@ def test_files_with_flipped_bits_decode_or_raise_one_error(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"hello\n", b"<html>404</html>", bytes(1000)], ids=["empty", "text", "html", "0"]
 )
-def test_files_that_are_no_picture(tmp_path, content):
+def test_files_that_are_no_image(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UndecodableError, match=r"cannot decode .*a\.jpg: cannot identify image file"):
         decode(tmp_path / "a.jpg")
@@ -118,7 +118,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
             decode(tmp_path / name)
 
 
-def test_a_picture_too_large_to_be_one(tmp_path, monkeypatch):
+def test_an_image_too_large_to_be_one(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # from twice as many on, Pillow refuses
     Image.fromarray(NOISE).save(tmp_path / "bomb.png")
     with pytest.raises(UndecodableError, match="decompression bomb"):

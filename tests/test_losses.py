@@ -94,7 +94,7 @@ def test_beside_published():
     assert found == {(32, 0.8): (0.75, 0.75), (32, 0.9): (2.4, 2.3), (64, 0.9): (10.0, 18.98)}
 
 
-def test_uncertainty_is_at_least_that_of_two_shares_of_the_test_pictures():
+def test_uncertainty_is_at_least_that_of_two_shares_of_the_test_images():
     lost = losses.points_lost(table(dense(90.0), masked(80.0)))
     assert losses.uncertainty(lost).tolist() == pytest.approx([100 * ((0.9 * 0.1 + 0.8 * 0.2) / 10_000) ** 0.5])
     twice = losses.points_lost(table(dense(90.0), dense(90.0, seed=1), masked(80.0), masked(80.0, seed=1)))

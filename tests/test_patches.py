@@ -16,7 +16,7 @@ def test_equals_the_convolution(backend, size, bias):
         torch.testing.assert_close(embedding(images), conv(images), rtol=1e-5, atol=1e-5)
 
 
-def test_strides_of_pictures_do_not_matter():
+def test_strides_of_images_do_not_matter():
     conv = nn.Conv2d(3, 32, 4, 4)
     embedding = PatchEmbedding.from_conv(conv, 16, backend="gather")
     images = torch.randn(2, 3, 16, 8).contiguous(memory_format=torch.channels_last).transpose(2, 3)
@@ -80,7 +80,7 @@ def test_which_convolutions_are_patch_embeddings(module, is_one):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8, 8)])
-def test_wrong_pictures_are_named(shape):
+def test_wrong_images_are_named(shape):
     embedding = PatchEmbedding.from_conv(nn.Conv2d(3, 32, 4, 4), 16)
     with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
         embedding(torch.zeros(shape))

@@ -128,8 +128,8 @@ def test_a_published_checkpoint_runs_only_the_notebooks_that_take_one(study, mon
     ran = {}
     monkeypatch.setattr(pipeline, "execute", lambda notebook, values, *_, **__: ran.update({notebook.name: values}))
     monkeypatch.chdir(study)
-    pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", data="pictures", output=io.StringIO())
-    paths = {"checkpoint": str(study / "sp0.80-ts32.pth"), "data_root": str(study / "pictures")}
+    pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", data="images", output=io.StringIO())
+    paths = {"checkpoint": str(study / "sp0.80-ts32.pth"), "data_root": str(study / "images")}
     assert ran == {"03_third": {**paths, "profile": "laptop"}}
     with pytest.raises(pipeline.UsageError, match="unknown parameter 'checkpoint'"):
         pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", only=["01_first"])

@@ -1,4 +1,4 @@
-"""A published checkpoint from file to accuracy, on a small ViT's made here and a small folder of pictures."""
+"""A published checkpoint from file to accuracy, on a small ViT's made here and a small folder of images."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def reference(num_classes: int = len(CLASSES)) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """A checkpoint, and pictures that lie in the folder of the class that it finds in them: it is right about all."""
+    """A checkpoint, and images that lie in the folder of the class that it finds in them: it is right about all."""
     folder = tmp_path_factory.mktemp("study")
     model = reference()
     write({"model": model.state_dict(), "epoch": 299}, folder, "sp0.80-ts16.pth")
     with torch.no_grad():
         labels = model(IMAGES).argmax(1).tolist()
     assert set(labels) == {0, 1, 2}
-    for number, (picture, label) in enumerate(zip(PIXELS, labels, strict=True)):
+    for number, (image, label) in enumerate(zip(PIXELS, labels, strict=True)):
         where = folder / "val" / CLASSES[label]
         where.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(where / f"{number:02}.png")
+        Image.fromarray(image).save(where / f"{number:02}.png")
     return folder
 
 
@@ -55,19 +55,19 @@ def checkpoint(study: Path, **how) -> PublishedCheckpoint:
     return PublishedCheckpoint.open(study / "sp0.80-ts16.pth", model=MODEL, **how)
 
 
-EXACT = {"num_workers": 0, "val_resize_size": 8}  # pictures as they are
+EXACT = {"num_workers": 0, "val_resize_size": 8}  # images as they are
 
 
 def test_the_published_accuracy_before_and_after_conversion(study):
     found = evaluate(checkpoint(study), study, backend="gather", **EXACT)
     assert found.top1 == {"folded": 100.0, "gather": 100.0}
-    assert (found.pictures, found.damaged) == (60, 0)
+    assert (found.images, found.damaged) == (60, 0)
 
 
 def test_it_is_the_converted_model_whose_accuracy_stands_beside_the_folded_ones(study, monkeypatch):
     def convert_badly(model, block_size, backend):
         with torch.no_grad():
-            model.heads.head.bias[0] += 1000  # it calls every picture a cat
+            model.heads.head.bias[0] += 1000  # it calls every image a cat
         return to_block_sparse(model, block_size, backend)
 
     monkeypatch.setattr(command, "to_block_sparse", convert_badly)
@@ -106,7 +106,7 @@ def test_rows_say_what_was_evaluated_and_how(study, tmp_path):
     assert sorted(zip(top1["backend"], top1["value"], strict=True)) == [("folded", 100.0), ("gather", 100.0)]
     assert set(rows["recipe"]) == {RECIPE} and set(rows["model"]) == {MODEL} and set(rows["dataset"]) == {"imagenet"}
     assert set(rows["block_size"]) == {16} and set(rows["sparsity"]) == {0.8} and rows["group"].nunique() == 1
-    assert rows.loc[rows["metric"] == "pictures", "value"].tolist() == [60]
+    assert rows.loc[rows["metric"] == "images", "value"].tolist() == [60]
 
 
 def test_masks_can_be_kept_for_the_comparison_with_the_folded_model(study):
@@ -117,15 +117,15 @@ def test_masks_can_be_kept_for_the_comparison_with_the_folded_model(study):
         torch.testing.assert_close(checkpoint(study).load(3)(images), expected)
 
 
-def test_a_damaged_picture_is_not_counted(study, tmp_path):
-    copy = tmp_path / "pictures"
+def test_a_damaged_image_is_not_counted(study, tmp_path):
+    copy = tmp_path / "images"
     for path in (study / "val").glob("*/*.png"):
         (copy / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
         (copy / "val" / path.parent.name / path.name).symlink_to(path)
-    (copy / "val" / "cat" / "zz.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"1 of 61 pictures cannot be decoded; .*val/cat/zz\.png"):
+    (copy / "val" / "cat" / "zz.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"1 of 61 images cannot be decoded; .*val/cat/zz\.png"):
         found = evaluate(checkpoint(study), copy, backend="gather", **EXACT)
-    assert (found.pictures, found.damaged, found.top1["folded"]) == (60, 1, 100.0)
+    assert (found.images, found.damaged, found.top1["folded"]) == (60, 1, 100.0)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
     arguments = [str(study / "sp0.80-ts16.pth"), "--data", str(study), "--model", MODEL, "--num-workers", "2"]
     assert command.main([*arguments, "--backend", "gather", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert "vit_digits-published-bs16-sp0.80, gather:" in output and "of 60 pictures" in output
+    assert "vit_digits-published-bs16-sp0.80, gather:" in output and "of 60 images" in output
     assert output.count(LEFT_OUT) == 4
     assert len(results.Store(tmp_path).read("accuracy")) == 3
     for wrong, message in (
@@ -234,7 +234,7 @@ def test_notebook_2_takes_it_in_place_of_a_trained_model(study, tmp_path):
     notebook.execute(fold, values, tmp_path / "02_fold.ipynb", environment=environment)
     assert not (tmp_path / "cache" / "checkpoints").exists(), "nothing was trained"
     text = (tmp_path / "02_fold.ipynb").read_text()
-    assert "vit_digits-published-bs16-sp0.80: " in text and "of 60 pictures" in text and LEFT_OUT in text
+    assert "vit_digits-published-bs16-sp0.80: " in text and "of 60 images" in text and LEFT_OUT in text
     store = results.Store(tmp_path / "results")
     assert set(store.read("accuracy")["recipe"]) == {RECIPE}
     folded = store.read("conversion").set_index("metric")

@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from blockvit.data import sampling
-from blockvit.data.sampling import DrawnPictures, OrderSampler, RepeatedAugSampler
+from blockvit.data.sampling import DrawnImages, OrderSampler, RepeatedAugSampler
 
 SAMPLERS = pytest.mark.parametrize("sampler", [OrderSampler, RepeatedAugSampler])
 
 
-def drawn(sampler, num_pictures, epoch=0, **arguments):
+def drawn(sampler, num_images, epoch=0, **arguments):
     """The draws of an epoch."""
-    one = sampler(num_pictures, **arguments)
+    one = sampler(num_images, **arguments)
     one.set_epoch(epoch)
     return list(one)
 
@@ -65,20 +65,20 @@ def test_length_and_indices_are_those_of_the_iteration(sampler):
     assert one.indices().tolist() == [draw.index for draw in draws]
 
 
-def test_every_picture_comes_once():
+def test_every_image_comes_once():
     assert sorted(draw.index for draw in drawn(OrderSampler, 1001)) == list(range(1001))
 
 
-@pytest.mark.parametrize("num_pictures", [256, 1000, 1536])
-def test_repeats_are_the_references(num_pictures):
-    """Same length, same picture at each position, given the same shuffled order."""
+@pytest.mark.parametrize("num_images", [256, 1000, 1536])
+def test_repeats_are_the_references(num_images):
+    """Same length, same image at each position, given the same shuffled order."""
     generator = torch.Generator().manual_seed(sampling.epoch_seed(1, 0))
-    expected = reference(torch.randperm(num_pictures, generator=generator).tolist())
-    assert [draw.index for draw in drawn(RepeatedAugSampler, num_pictures, seed=1)] == expected
+    expected = reference(torch.randperm(num_images, generator=generator).tolist())
+    assert [draw.index for draw in drawn(RepeatedAugSampler, num_images, seed=1)] == expected
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 4])
-def test_each_selected_picture_comes_repeats_times_in_a_row(repeats):
+def test_each_selected_image_comes_repeats_times_in_a_row(repeats):
     indices = [draw.index for draw in drawn(RepeatedAugSampler, 1024, repeats=repeats)]
     runs = [(index, len(list(run))) for index, run in groupby(indices)]
     assert len(runs) == len({index for index, _ in runs}) == math.ceil(1024 / repeats)
@@ -87,7 +87,7 @@ def test_each_selected_picture_comes_repeats_times_in_a_row(repeats):
 
 
 class Noise(Dataset):
-    """Each picture is its index and a number drawn by its augmentation."""
+    """Each image is its index and a number drawn by its augmentation."""
 
     def __getitem__(self, index):
         return index, torch.rand(())
@@ -97,7 +97,7 @@ class Noise(Dataset):
 def test_augmentation_does_not_depend_on_workers(num_workers):
     def epoch(num_workers):
         sampler = RepeatedAugSampler(48)
-        loader = DataLoader(DrawnPictures(Noise()), 24, sampler=sampler, num_workers=num_workers)
+        loader = DataLoader(DrawnImages(Noise()), 24, sampler=sampler, num_workers=num_workers)
         return [pair for batch in loader for pair in zip(*(part.tolist() for part in batch), strict=True)]
 
     expected = epoch(0)
@@ -107,7 +107,7 @@ def test_augmentation_does_not_depend_on_workers(num_workers):
 
 def test_an_augmentation_leaves_no_trace_in_the_random_state():
     before = torch.get_rng_state()
-    DrawnPictures(Noise())[sampling.Draw(3, 4)]
+    DrawnImages(Noise())[sampling.Draw(3, 4)]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -115,7 +115,7 @@ def test_a_small_set_is_taken_whole():
     assert len(drawn(RepeatedAugSampler, 40)) == 40
 
 
-def test_evaluation_counts_every_picture_once():
+def test_evaluation_counts_every_image_once():
     shares = [sampling.eval_indices(10, rank=rank, world_size=4) for rank in range(4)]
     assert sorted(index for share in shares for index in share) == list(range(10))
 

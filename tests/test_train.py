@@ -30,7 +30,7 @@ def tiny_model(seed=0, **kwargs):
 
 
 def tiny_data(count=32, size=8, classes=2):
-    """Pictures that are dark in class 0 and bright in class 1."""
+    """Images that are dark in class 0 and bright in class 1."""
     generator = torch.Generator().manual_seed(7)
     labels = torch.arange(count) % classes
     noise = torch.randint(0, 100, (count, 3, size, size), generator=generator)
@@ -199,9 +199,9 @@ def test_files_have_the_sizes_of_the_recipe(tmp_path):
             (tmp_path / split / label).mkdir(parents=True)
             for i in range(2):
                 # Light in the middle, so that a central crop out of a larger resize is lighter.
-                picture = Image.new("RGB", (40, 40))
-                picture.paste((255, 255, 255), (10, 10, 30, 30))
-                picture.save(tmp_path / split / label / f"{i}.png")
+                image = Image.new("RGB", (40, 40))
+                image.paste((255, 255, 255), (10, 10, 30, 30))
+                image.save(tmp_path / split / label / f"{i}.png")
     splits = data.load("folder", tmp_path, image_size=32)
     seen = []
 
@@ -245,7 +245,7 @@ def test_amp_on_the_gpu(dtype):
     assert history.top1 == 1.0
 
 
-def test_evaluate_counts_every_picture_once_and_restores_the_mode():
+def test_evaluate_counts_every_image_once_and_restores_the_mode():
     class Brightness(nn.Module):
         def forward(self, x):
             bright = x.mean((1, 2, 3))
@@ -446,7 +446,7 @@ def test_ema_is_a_copy_in_warm_up_and_an_average_after():
     recipe = replace(TINY, model_ema=True, model_ema_steps=1, model_ema_decay=0.9, batch_size=4, epochs=2)
     decay = train.ema_decay(recipe)
     model = nn.Linear(1, 1)
-    trainer = loop._Trainer.make(model, recipe, processes.Alone("cpu"), pictures=32)
+    trainer = loop._Trainer.make(model, recipe, processes.Alone("cpu"), num_images=32)
 
     def average_of(weight, warming_up):
         nn.init.constant_(model.weight, weight)
@@ -564,7 +564,7 @@ def test_checkpoint_of_another_run_names_the_difference(finished, recipe, model,
 
 
 def test_checkpoint_of_another_data_set(finished):
-    with pytest.raises(train.CheckpointError, match="data: training pictures is 32 there and 40 here"):
+    with pytest.raises(train.CheckpointError, match="data: training images is 32 there and 40 here"):
         train.fit(tiny_model(), tiny_data(40), TINY, checkpoint=finished[0], progress=False)
 
 
@@ -623,11 +623,11 @@ def test_nan_loss_stops_with_the_place_and_keeps_the_checkpoint(tmp_path):
     model.register_forward_hook(break_second_epoch)
     with pytest.raises(
         train.NonFiniteLossError,
-        match=r"became nan in epoch 2, step 3 of 4, at learning rate 0.000854; .*training pictures \d.*Lower lr",
+        match=r"became nan in epoch 2, step 3 of 4, at learning rate 0.000854; .*training images \d.*Lower lr",
     ) as caught:
         run(model=model, checkpoint=path)
     assert (caught.value.epoch, caught.value.step) == (1, 2)
-    assert caught.value.pictures == train.epoch_order(32, TINY, 1)[2].tolist()
+    assert caught.value.images == train.epoch_order(32, TINY, 1)[2].tolist()
     assert len(torch.load(path)["history"]) == 1
 
 
@@ -723,8 +723,8 @@ def test_recipes():
         train.recipe_for("cifar")
 
 
-def test_fewer_pictures_than_a_batch():
-    with pytest.raises(ValueError, match="tiny has 32 training pictures, fewer than one batch of 64; choose a smaller"):
+def test_fewer_images_than_a_batch():
+    with pytest.raises(ValueError, match="tiny has 32 training images, fewer than one batch of 64; choose a smaller"):
         run(replace(TINY, batch_size=64))
 
 
@@ -743,5 +743,5 @@ def test_eval_every_must_be_positive():
 
 def test_nothing_to_evaluate_on():
     empty = ImageTensors(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), *STATS)
-    with pytest.raises(ValueError, match="no pictures to evaluate on"):
+    with pytest.raises(ValueError, match="no images to evaluate on"):
         train.evaluate(tiny_model(), empty)

@@ -29,7 +29,7 @@ def epoch_of(recipe, splits, rank=0, count=1, accumulate=1, epoch=0, num_workers
 # The order
 
 
-def test_an_epoch_sees_each_picture_once_and_each_epoch_another_order():
+def test_an_epoch_sees_each_image_once_and_each_epoch_another_order():
     first, second = (train.epoch_order(33, TINY, epoch) for epoch in (0, 1))
     assert first.shape == (4, 8)
     assert len(first.unique()) == 32
@@ -38,17 +38,17 @@ def test_an_epoch_sees_each_picture_once_and_each_epoch_another_order():
     assert not torch.equal(first, train.epoch_order(33, replace(TINY, seed=1), 0))
 
 
-def test_repeated_augmentation_repeats_pictures_within_a_batch():
+def test_repeated_augmentation_repeats_images_within_a_batch():
     recipe = replace(TINY, ra_sampler=True, batch_size=16)
     order = train.epoch_order(100, recipe, 0)
     assert order.shape == (6, 16)  # no longer an epoch than without
     assert len(order.unique()) == 96 // 3
     for batch in order:
-        assert 5 <= len(batch.unique()) <= 7  # 16 thirds, one picture at each end may belong to the next batch
+        assert 5 <= len(batch.unique()) <= 7  # 16 thirds, one image at each end may belong to the next batch
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_repeated_augmentation_mixes_no_picture_with_itself(monkeypatch, count):
+def test_repeated_augmentation_mixes_no_image_with_itself(monkeypatch, count):
     monkeypatch.setattr(batching, "MIX_GROUP", 12)
     recipe = replace(TINY, ra_sampler=True, batch_size=24, mixup_alpha=0.2)
     order = train.epoch_order(100, recipe, 0)
@@ -160,7 +160,7 @@ def drawn(images, recipe, seed=0):
     return augment(images, Draws.make(len(images), recipe, generator), recipe)
 
 
-def test_shift_moves_whole_pictures_over_a_black_border():
+def test_shift_moves_whole_images_over_a_black_border():
     images = torch.zeros(200, 3, 5, 5, dtype=torch.uint8)
     images[:, :, 2, 2] = 9
     shifted = drawn(images, replace(TINY, random_crop_padding=1))
@@ -176,14 +176,14 @@ def test_flip_mirrors_about_half():
     assert 70 < int(mirrored.sum()) < 130
 
 
-def test_no_augmentation_leaves_pictures_alone():
+def test_no_augmentation_leaves_images_alone():
     images = tiny_data().train.images
     assert drawn(images, TINY) is images
 
 
 @pytest.mark.parametrize("operation", range(len(v2.RandAugment._AUGMENTATION_SPACE)))
 @pytest.mark.parametrize("negative", [False, True])
-def test_randaugment_does_to_each_picture_what_torchvision_does(operation, negative):
+def test_randaugment_does_to_each_image_what_torchvision_does(operation, negative):
     images = tiny_data(6, size=32).train.images
     ours = RandAugment(9)
     operations = torch.zeros(6, 2, dtype=torch.long)  # 0: identity
@@ -209,11 +209,11 @@ def test_randaugment_does_to_each_picture_what_torchvision_does(operation, negat
     assert torch.equal(result[[0, 2, 3, 5]], images[[0, 2, 3, 5]])
 
 
-def test_randaugment_draws_for_each_picture():
-    pictures = tiny_data(1, size=32).train.images.expand(300, -1, -1, -1)
+def test_randaugment_draws_for_each_image():
+    images = tiny_data(1, size=32).train.images.expand(300, -1, -1, -1)
     recipe = replace(TINY, auto_augment="ra")
-    result = drawn(pictures, recipe)
-    assert (result.shape, result.dtype) == (pictures.shape, torch.uint8)
+    result = drawn(images, recipe)
+    assert (result.shape, result.dtype) == (images.shape, torch.uint8)
     assert len(result.flatten(1).unique(dim=0)) > 100
     operations, negative = RandAugment(9).draw(3000, torch.Generator().manual_seed(0))
     assert set(operations.unique().tolist()) == set(range(14))

@@ -44,7 +44,7 @@ def run(*words):
 def test_a_training_with_everything_that_it_writes(tmp_path, capsys, few_digits):
     assert run(*QUICK, "--sparsity", 0.8, "--block-size", 16, "--seed", 3, "--hflip", "true", "--output", tmp_path) == 0
     printed = capsys.readouterr().out
-    for line in ("source = scikit-learn load_digits", "training pictures = 256", "steps per epoch = 2", "lr = 0.001"):
+    for line in ("source = scikit-learn load_digits", "training images = 256", "steps per epoch = 2", "lr = 0.001"):
         assert f"{line}\n" in printed
     for line in ("sparsity = 0.8", "hflip = True", "seed = 3", "processes = 1", "lr_warmup_epochs = 0"):
         assert f"{line}\n" in printed

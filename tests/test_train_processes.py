@@ -22,7 +22,7 @@ from blockvit.train.processes import join
 pytest.importorskip("accelerate")
 
 EPOCHS = replace(EVERYTHING, epochs=4, ra_sampler=True, sparsity_schedule="cubic")
-UNEVEN = 33  # pictures to evaluate; two processes take 17 and 16
+UNEVEN = 33  # images to evaluate; two processes take 17 and 16
 
 
 def splits():
@@ -153,7 +153,7 @@ def test_initial_weights_are_those_of_the_main_process(together):
             torch.testing.assert_close(found["fresh"][name], weight, rtol=0, atol=2e-4)
 
 
-def test_every_picture_is_evaluated_once(together):
+def test_every_image_is_evaluated_once(together):
     model = tiny_model()
     model.load_state_dict(together[0]["weights"])
     expected = train.evaluate(model, splits().test)

@@ -34,7 +34,7 @@ RECIPE_FIELDS = frozenset(field.name for field in fields(Recipe)) - {"seed"}
 class AccuracyCell:
     """One training: ``sparsity`` and ``block_size`` of its supermasks (None and None: dense), and its ``seed``.
 
-    ``targets`` are masked; the seed sets initial weights, scores, the order of pictures and their augmentation.
+    ``targets`` are masked; the seed sets initial weights, scores, the order of images and their augmentation.
     ``variant``, a mapping or pairs, says what this cell does unlike the others of its grid: fields of the recipe,
     arguments of ``sparsify``, and ``start="dense"``: begin with the trained dense model of the grid, which is also the
     teacher if the variant distils.

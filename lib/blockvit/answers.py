@@ -16,7 +16,7 @@ AT = 0.9
 
 
 NO_THIRD_SPLIT = (
-    "There is no third split: the recipe was chosen on the same test pictures, so these accuracies compare models; "
+    "There is no third split: the recipe was chosen on the same test images, so these accuracies compare models; "
     "they are no estimate for new digits."
 )
 

@@ -22,7 +22,7 @@ HEADLINE = (0.7, 0.8, 0.9)
 TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)", "imagenet": "ImageNet"}
 """How prose and figures call a data set; one that is not here bears its own name."""
 
-TEST_PICTURES = {"digits": 360, "cifar10": 10_000, "cifar10-jpeg": 10_000, "imagenet": 50_000}
+TEST_IMAGES = {"digits": 360, "cifar10": 10_000, "cifar10-jpeg": 10_000, "imagenet": 50_000}
 """Of data sets whose split is known; it bounds how well two models can be told apart."""
 
 SMALL_LOSS, LIMITED_LOSS = 1.0, 5.0
@@ -125,9 +125,9 @@ def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
 
 
 def uncertainty(lost: pd.DataFrame) -> pd.Series:
-    """One standard error of ``lost``, in points; NaN where neither the test pictures nor seeds tell it.
+    """One standard error of ``lost``, in points; NaN where neither the test images nor seeds tell it.
 
-    Of each of the two accuracies, the larger of what the number of test pictures leaves open, as if the two models
+    Of each of the two accuracies, the larger of what the number of test images leaves open, as if the two models
     erred independently of one another, and what the seeds differ by. ``lost`` is as of ``points_lost``.
     """
     return (_variance(lost) + _variance(lost, "dense_")) ** 0.5
@@ -135,8 +135,8 @@ def uncertainty(lost: pd.DataFrame) -> pd.Series:
 
 def _variance(lost: pd.DataFrame, of: str = "") -> pd.Series:
     """Of the mean accuracies ``top1`` or, ``of`` the ``"dense_"`` models, ``dense_top1``; in points squared."""
-    top1, pictures = lost[f"{of}top1"], lost["dataset"].map(TEST_PICTURES).astype(float)
-    one = pd.concat([top1 * (100 - top1) / pictures, lost[f"{of}seed_variance"]], axis=1).max(axis=1)
+    top1, images = lost[f"{of}top1"], lost["dataset"].map(TEST_IMAGES).astype(float)
+    one = pd.concat([top1 * (100 - top1) / images, lost[f"{of}seed_variance"]], axis=1).max(axis=1)
     return one / lost[f"{of}seeds"]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 TORCHVISION_MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_h_14")
 
 # The digits are grey but come in three equal channels: that costs 4 K parameters and spares every tool (builders, saved
-# models, pictures from folders) a special case. Their patches are 4 x 4: five tokens train twice as fast as the
+# models, images from folders) a special case. Their patches are 4 x 4: five tokens train twice as fast as the
 # seventeen of 2 x 2 and, in the same time, more accurately (90% sparse in blocks of 32: 97% against 86%).
 SMALL_MODELS: dict[str, dict[str, int]] = {
     "vit_digits": {
@@ -36,7 +36,7 @@ SMALL_MODELS: dict[str, dict[str, int]] = {
         "mlp_dim": 384,
         "num_classes": 10,
     },
-    # For a CPU: 0.8 M parameters in 17 tokens. An epoch of 50,000 pictures takes 100 s on a core of an AMD EPYC, with
+    # For a CPU: 0.8 M parameters in 17 tokens. An epoch of 50,000 images takes 100 s on a core of an AMD EPYC, with
     # patches of 4 x 4 (65 tokens) 390 s; blocks of 32 divide every layer, a head of 10 rows aside.
     "vit_cifar_small": {
         "image_size": 32,

@@ -31,11 +31,11 @@ def is_patch_embedding(conv: nn.Module) -> bool:
 class PatchEmbedding(nn.Module):
     """``(N, channels, H, W)`` -> ``(N, out, H // patch, W // patch)`` through a linear layer over patches.
 
-    The same as the convolution that it was made from, also where the patches do not cover the whole picture.
+    The same as the convolution that it was made from, also where the patches do not cover the whole image.
 
     Args:
         linear: ``(out, channels * patch * patch)``.
-        channels: of the pictures.
+        channels: of the images.
         patch_size: edge length of the square patches, in pixels.
     """
 
@@ -54,7 +54,7 @@ class PatchEmbedding(nn.Module):
         """See the class."""
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(
-                f"the input has shape {tuple(images.shape)}; expected (N, {self.channels}, H, W), pictures in a batch"
+                f"the input has shape {tuple(images.shape)}; expected (N, {self.channels}, H, W), images in a batch"
             )
         p = self.patch_size
         rows, columns = images.shape[2] // p, images.shape[3] // p
@@ -74,12 +74,12 @@ class PatchEmbedding(nn.Module):
 
 
 PATCHES = 14
-"""A side of the picture that ``beats_convolution`` measures with: that of ViT-B/16 at 224 pixels."""
+"""A side of the image that ``beats_convolution`` measures with: that of ViT-B/16 at 224 pixels."""
 
 
 @cache
 def beats_convolution(out: int, channels: int, patch_size: int, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether the CPU kernel embeds one picture's patches faster than PyTorch's convolution; measured once."""
+    """Whether the CPU kernel embeds one image's patches faster than PyTorch's convolution; measured once."""
     if cpu.CPU.refusal(torch.device("cpu"), dtype, block_size) is not None:
         return False
     conv = nn.Conv2d(channels, out, patch_size, patch_size, dtype=dtype, device="meta").to_empty(device="cpu")

@@ -92,8 +92,8 @@ class PublishedCheckpoint:
         """What it is, as a file name: ``vit_b_16-published-bs32-sp0.80``."""
         return f"{self.model}-published-bs{self.block_size}-sp{self.sparsity:.2f}"
 
-    def pictures(self, root: str | os.PathLike, **how: Any) -> tuple[data.ImageFiles, list[str]]:
-        """The pictures of ``root/val``, cropped to the size that the model takes; see ``data.evaluation``."""
+    def images(self, root: str | os.PathLike, **how: Any) -> tuple[data.ImageFiles, list[str]]:
+        """The images of ``root/val``, cropped to the size that the model takes; see ``data.evaluation``."""
         with torch.device("meta"):
             size = models.create(self.model).image_size
         return data.evaluation(root, val_crop_size=size, **how)
@@ -152,22 +152,22 @@ class Evaluation:
     Attributes:
         top1: accuracy in percent by backend: ``folded`` (dense layers that hold the masked weights), and the one that
             the converted layers run on.
-        pictures: how many were counted.
+        images: how many were counted.
         damaged: how many more could not be decoded, and so were not.
         layers: a row a layer: ``name``, ``kind``, ``shape``, ``sparsity``, ``fate``, ``reason`` as in ``layer_fates``,
             and ``mask``: applied, left out, or empty where the checkpoint has none.
     """
 
     top1: dict[str, float]
-    pictures: int
+    images: int
     damaged: int
     layers: pd.DataFrame
 
     def rows(self, checkpoint: PublishedCheckpoint, device: torch.device | str) -> list[dict[str, Any]]:
-        """Rows for the tables: the accuracy before and after conversion, and of how many pictures."""
+        """Rows for the tables: the accuracy before and after conversion, and of how many images."""
         where = {"experiment": "accuracy", **bench.environment(device), "group": results.new_group()}
         found = [(backend, "top1", value, "%") for backend, value in self.top1.items()]
-        found.append(("folded", "pictures", self.pictures, "pictures"))
+        found.append(("folded", "images", self.images, "images"))
         return [
             {
                 **where,
@@ -189,23 +189,23 @@ def evaluate(
     num_workers: int | None = None,
     **how: Any,
 ) -> Evaluation:
-    """Accuracy of a published checkpoint on the pictures of ``root/val``, folded and converted.
+    """Accuracy of a published checkpoint on the images of ``root/val``, folded and converted.
 
     Args:
         checkpoint: see ``PublishedCheckpoint.open``.
         root: an ImageFolder with ``val/`` (or ``test/``), a folder for each class; ``train/`` is not needed.
         backend: for the converted layers.
         device: where to evaluate.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         num_workers: processes that decode; None: one a core, at most 16.
         how: ``val_resize_size`` and ``interpolation``, see ``data.evaluation``.
 
     Raises:
         ValueError: a damaged file, one of another architecture or of other classes than the folder's, or a folder
-            without pictures.
+            without images.
         BackendUnavailableError: the backend cannot run on ``device``.
     """
-    images, classes = checkpoint.pictures(root, **how)
+    images, classes = checkpoint.images(root, **how)
     model = checkpoint.load(len(classes)).to(device)
     workers = min(16, usable_cores()) if num_workers is None else num_workers
     run = {"device": device, "batch_size": batch_size, "num_workers": workers}
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(found.layers.drop(columns="kind").to_string(index=False))
     for backend, value in found.top1.items():
-        print(f"{checkpoint.name}, {backend}: {value:.2f}% of {found.pictures} pictures")
+        print(f"{checkpoint.name}, {backend}: {value:.2f}% of {found.images} images")
     results.Store().append(found.rows(checkpoint, options.device))
     return 0
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: ``train/`` and ``test/`` or ``val/``, each with one folder of pictures for every class."""
+"""Folders of images: ``train/`` and ``test/`` or ``val/``, each with one folder of images for every class."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ EVAL_FOLDERS = ("test", "val")
 NAMED = 10  # classes in a message; ImageNet has a thousand
 
 Samples = list[tuple[str, int]]
-"""Path and label of each picture."""
+"""Path and label of each image."""
 
 
 def scan(root: Path) -> tuple[Samples, Samples, list[str]]:
-    """The pictures to train on, those to evaluate on, and the classes in the order of their labels.
+    """The images to train on, those to evaluate on, and the classes in the order of their labels.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the root or a split is missing or a file.
-        ValueError: a split without classes, a class without pictures, other classes in one split than in the other.
+        ValueError: a split without classes, a class without images, other classes in one split than in the other.
     """
     check_root(root)
     train, test = _split(root / "train"), _split(_eval_folder(root))
@@ -28,7 +28,7 @@ def scan(root: Path) -> tuple[Samples, Samples, list[str]]:
 
 
 def scan_evaluation(root: Path) -> tuple[Samples, list[str]]:
-    """The pictures to evaluate on and their classes; raises as ``scan``, but pictures to train on need not be there."""
+    """The images to evaluate on and their classes; raises as ``scan``, but images to train on need not be there."""
     check_root(root)
     test = _split(_eval_folder(root))
     if (root / "train").is_dir():
@@ -64,18 +64,18 @@ def _split(folder: Path) -> ImageFolder:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} does not exist; expected {folder.parent} to hold train/ and test/ or val/, each with one folder "
-            "of pictures for every class"
+            "of images for every class"
         )
     if not _class_folders(folder):
         flat = sum(child.suffix.lower() in IMG_EXTENSIONS for child in folder.iterdir())
-        loose = f"{flat} pictures but " if flat else ""
-        raise ValueError(f"{folder} holds {loose}no classes; expected one folder of pictures for every class")
+        loose = f"{flat} images but " if flat else ""
+        raise ValueError(f"{folder} holds {loose}no classes; expected one folder of images for every class")
     split = ImageFolder(folder, allow_empty=True)
     empty = sorted(set(range(len(split.classes))) - set(split.targets))
     if empty:
         names = _listed([split.classes[label] for label in empty])
         raise ValueError(
-            f"{folder} holds no pictures of: {names}; add some (their names end in {', '.join(IMG_EXTENSIONS)}), make "
+            f"{folder} holds no images of: {names}; add some (their names end in {', '.join(IMG_EXTENSIONS)}), make "
             "the folders readable, or remove them"
         )
     return split

@@ -1,4 +1,4 @@
-"""Which pictures an epoch takes, and in what order.
+"""Which images an epoch takes, and in what order.
 
 An epoch is one list of positions, the same for any number of processes: ``train.batches`` deals each global batch out.
 Each position brings the seed of its own augmentation, so that what is drawn depends neither on the number of processes
@@ -19,34 +19,34 @@ RA_LENGTH_MULTIPLE = 256  # the reference cuts an epoch with repeats to a multip
 
 
 class Draw(NamedTuple):
-    """One use of a picture in training: ``index`` says which picture, ``seed`` how it is augmented."""
+    """One use of an image in training: ``index`` says which image, ``seed`` how it is augmented."""
 
     index: int
     seed: int
 
 
 class OrderSampler(Sampler[Draw]):
-    """The pictures of an epoch in random order, each once.
+    """The images of an epoch in random order, each once.
 
     Args:
-        num_pictures: how many there are.
+        num_images: how many there are.
         seed: of all epochs.
     """
 
-    def __init__(self, num_pictures: int, *, seed: int = 0) -> None:
-        self.num_pictures, self.seed, self.epoch = num_pictures, seed, 0
+    def __init__(self, num_images: int, *, seed: int = 0) -> None:
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration is of."""
         self.epoch = epoch
 
     def indices(self) -> Tensor:
-        """The pictures in order, int64 ``(len(self),)``: for pictures that are augmented in batches."""
+        """The images in order, int64 ``(len(self),)``: for images that are augmented in batches."""
         return self._order(self._generator())
 
     def __len__(self) -> int:
-        """Pictures that an epoch takes."""
-        return self.num_pictures
+        """Images that an epoch takes."""
+        return self.num_images
 
     def __iter__(self) -> Iterator[Draw]:
         generator = self._generator()
@@ -58,44 +58,44 @@ class OrderSampler(Sampler[Draw]):
         return torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(self.num_pictures, generator=generator)
+        return torch.randperm(self.num_images, generator=generator)
 
 
 class RepeatedAugSampler(OrderSampler):
-    """Repeated augmentation: a picture comes ``repeats`` times in a row, so that a step sees it augmented differently.
+    """Repeated augmentation: an image comes ``repeats`` times in a row, so that a step sees it augmented differently.
 
-    An epoch is as long as one without repeats and so takes only every ``repeats``-th picture. As in torchvision's
-    reference, its length is cut to a multiple of 256 pictures; a set smaller than that is taken whole (the reference
+    An epoch is as long as one without repeats and so takes only every ``repeats``-th image. As in torchvision's
+    reference, its length is cut to a multiple of 256 images; a set smaller than that is taken whole (the reference
     would take none of it).
 
     Source: Hoffer et al., "Augment Your Batch" (CVPR 2020); ``RASampler`` of DeiT and of torchvision's references.
 
     Args:
-        num_pictures: how many there are.
-        repeats: how often a picture comes in an epoch that takes it; the last one taken may come less often.
+        num_images: how many there are.
+        repeats: how often an image comes in an epoch that takes it; the last one taken may come less often.
         seed: of all epochs.
 
     Raises:
         ValueError: ``repeats`` is less than 1.
     """
 
-    def __init__(self, num_pictures: int, *, repeats: int = 3, seed: int = 0) -> None:
-        super().__init__(num_pictures, seed=seed)
+    def __init__(self, num_images: int, *, repeats: int = 3, seed: int = 0) -> None:
+        super().__init__(num_images, seed=seed)
         if repeats < 1:
-            raise ValueError(f"repeats is {repeats}; expected how often a picture is to come, at least 1")
+            raise ValueError(f"repeats is {repeats}; expected how often an image is to come, at least 1")
         self.repeats = repeats
 
     def __len__(self) -> int:
-        """Pictures that an epoch takes, repeats counted."""
-        return self.num_pictures // RA_LENGTH_MULTIPLE * RA_LENGTH_MULTIPLE or self.num_pictures
+        """Images that an epoch takes, repeats counted."""
+        return self.num_images // RA_LENGTH_MULTIPLE * RA_LENGTH_MULTIPLE or self.num_images
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        pictures = super()._order(generator)[: -(-len(self) // self.repeats)]
-        return pictures.repeat_interleave(self.repeats)[: len(self)]
+        images = super()._order(generator)[: -(-len(self) // self.repeats)]
+        return images.repeat_interleave(self.repeats)[: len(self)]
 
 
-class DrawnPictures(Dataset):
-    """Pictures asked for by ``Draw``: what their transforms draw from torch's CPU generator comes from its seed."""
+class DrawnImages(Dataset):
+    """Images asked for by ``Draw``: what their transforms draw from torch's CPU generator comes from its seed."""
 
     def __init__(self, images: Dataset) -> None:
         self.images = images
@@ -106,11 +106,11 @@ class DrawnPictures(Dataset):
             return self.images[draw.index]
 
 
-def eval_indices(num_pictures: int, *, rank: int = 0, world_size: int = 1) -> range:
-    """One process's pictures to evaluate: every picture is some process's once, none is padded, shares may differ."""
+def eval_indices(num_images: int, *, rank: int = 0, world_size: int = 1) -> range:
+    """One process's images to evaluate: every image is some process's once, none is padded, shares may differ."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}; expected a rank from 0 to world_size - 1")
-    return range(rank, num_pictures, world_size)
+    return range(rank, num_images, world_size)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -23,7 +23,7 @@ from ..models import unknown_name
 from . import folders
 from .decode import UndecodableError, decode
 from .folders import Samples
-from .pictures import ImageFiles, Images, ImageTensors, damage_text
+from .images import ImageFiles, Images, ImageTensors, damage_text
 from .transforms import eval_transform
 
 NAMES = ("digits", "cifar10", "imagenet", "folder")
@@ -32,7 +32,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DIGITS_TEST_SIZE = 360
-DIGITS_SPLIT_SEED = 0  # a constant: every seed of every study is tested on the same pictures
+DIGITS_SPLIT_SEED = 0  # a constant: every seed of every study is tested on the same images
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class DataSplits:
 
     Attributes:
         name: as it was asked for.
-        source: where the pictures came from, e.g. ``ImageFolder /data/cifar10-jpeg``.
+        source: where the images came from, e.g. ``ImageFolder /data/cifar10-jpeg``.
         train, test: the two splits.
         classes: names, in the order of the labels.
-        image_size: edge length S of the square pictures, in pixels.
+        image_size: edge length S of the square images, in pixels.
     """
 
     name: str
@@ -68,28 +68,28 @@ def load(
     ========  =======================================================  ================  =========
     name      root                                                     held as           default S
     ========  =======================================================  ================  =========
-    digits    none: comes with scikit-learn; 1437 + 360 pictures       ``ImageTensors``  8
+    digits    none: comes with scikit-learn; 1437 + 360 images       ``ImageTensors``  8
     cifar10   an ImageFolder, or torchvision's ``CIFAR10`` (download)  ``ImageTensors``  32
     imagenet  an ImageFolder                                           ``ImageFiles``    224
     folder    any other ImageFolder                                    ``ImageFiles``    224
     ========  =======================================================  ================  =========
 
-    An ImageFolder is a directory with ``train/`` and ``test/`` (or ``val/``), each holding one folder of pictures for
+    An ImageFolder is a directory with ``train/`` and ``test/`` (or ``val/``), each holding one folder of images for
     every class.
 
     Args:
         name: see the table.
-        root: directory of the pictures. ``digits`` has no files: neither this, ``download`` nor ``cache_dir`` is looked
+        root: directory of the images. ``digits`` has no files: neither this, ``download`` nor ``cache_dir`` is looked
             at, so that they may be given for any data set.
-        image_size: edge length S in pixels; pictures of another size are resized, the longer side cropped centrally.
+        image_size: edge length S in pixels; images of another size are resized, the longer side cropped centrally.
         download: fetch CIFAR-10 into ``root`` if it is not there.
-        cache_dir: keep the decoded pictures of a ``cifar10`` ImageFolder here, in one file that is made anew when a
-            picture is added, removed or written. Decoding 60 000 small JPEGs takes about 20 s, reading the file 1 s.
-            Nothing is kept if a picture cannot be decoded: it may be repaired by the next time.
+        cache_dir: keep the decoded images of a ``cifar10`` ImageFolder here, in one file that is made anew when an
+            image is added, removed or written. Decoding 60 000 small JPEGs takes about 20 s, reading the file 1 s.
+            Nothing is kept if an image cannot be decoded: it may be repaired by the next time.
 
     Raises:
-        ValueError: unknown name, no root where one is needed, a split without classes, a class without pictures,
-            other classes in the test split than in the training split, or no picture that can be decoded.
+        ValueError: unknown name, no root where one is needed, a split without classes, a class without images,
+            other classes in the test split than in the training split, or no image that can be decoded.
         FileNotFoundError: the root, a split, or the downloaded files are missing.
         NotADirectoryError: the root is a file.
     """
@@ -100,7 +100,7 @@ def load(
     if name == "digits":
         return _digits(image_size or 8)
     if root is None:
-        raise ValueError(f"data set {name!r} needs a root, got None; pass the directory that holds its pictures")
+        raise ValueError(f"data set {name!r} needs a root, got None; pass the directory that holds its images")
     root = Path(root).expanduser()
     if name == "cifar10":
         return _cifar10(root, image_size or 32, download, cache_dir)
@@ -114,8 +114,8 @@ def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
     """
     if name != "cifar10" or root is None:
         return name
-    pictures = (Path(root).expanduser() / "train").glob("*/*")
-    first = next((path for path in pictures if path.suffix.lower() in IMG_EXTENSIONS), None)
+    files = (Path(root).expanduser() / "train").glob("*/*")
+    first = next((path for path in files if path.suffix.lower() in IMG_EXTENSIONS), None)
     return f"{name}-jpeg" if first is not None and first.suffix.lower() in (".jpg", ".jpeg") else name
 
 
@@ -126,7 +126,7 @@ def evaluation(
     val_resize_size: int | None = None,
     interpolation: str = "bilinear",
 ) -> tuple[ImageFiles, list[str]]:
-    """The pictures of an ImageFolder's ``test/`` or ``val/`` alone, and its classes; there need be no ``train/``.
+    """The images of an ImageFolder's ``test/`` or ``val/`` alone, and its classes; there need be no ``train/``.
 
     For the sizes and the interpolation, see ``eval_transform``; for errors, ``load``.
     """
@@ -174,10 +174,10 @@ def _folder(name: str, root: Path, image_size: int) -> DataSplits:
     return DataSplits(name, f"ImageFolder {root}", *splits, classes, image_size)
 
 
-Pictures = tuple[Tensor, Tensor]  # images uint8 (N, 3, S, S), labels int64 (N,)
+Labelled = tuple[Tensor, Tensor]  # images uint8 (N, 3, S, S), labels int64 (N,)
 
 
-def _torchvision_cifar10(root: Path, image_size: int, download: bool) -> tuple[Pictures, Pictures, list[str]]:
+def _torchvision_cifar10(root: Path, image_size: int, download: bool) -> tuple[Labelled, Labelled, list[str]]:
     try:
         train, test = (CIFAR10(root, train=is_train, download=download) for is_train in (True, False))
     except RuntimeError as error:
@@ -186,16 +186,16 @@ def _torchvision_cifar10(root: Path, image_size: int, download: bool) -> tuple[P
             "class) or torchvision's cifar-10-batches-py/; pass download=True to fetch it into that directory"
         ) from error
 
-    def pictures(split: CIFAR10) -> Pictures:
+    def labelled(split: CIFAR10) -> Labelled:
         images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
         return _resize(images, image_size), torch.tensor(split.targets)
 
-    return pictures(train), pictures(test), list(train.classes)
+    return labelled(train), labelled(test), list(train.classes)
 
 
 def _cached_folder(
     root: Path, image_size: int, cache_dir: str | os.PathLike[str] | None
-) -> tuple[Pictures, Pictures, list[str]]:
+) -> tuple[Labelled, Labelled, list[str]]:
     train, test, classes = folders.scan(root)
     path = None
     if cache_dir is not None:
@@ -206,7 +206,7 @@ def _cached_folder(
         if cache.get("fingerprint") == fingerprint:
             return cache["train"], cache["test"], classes
     splits = {"train": _decode_all(train, image_size), "test": _decode_all(test, image_size)}
-    # With pictures left out nothing is kept: they may be readable the next time, and are to be told of again if not.
+    # With images left out nothing is kept: they may be readable the next time, and are to be told of again if not.
     if path is not None and all(len(splits[name][1]) == len(part) for name, part in (("train", train), ("test", test))):
         save_atomically({"fingerprint": fingerprint, **splits}, path)
     return splits["train"], splits["test"], classes
@@ -230,8 +230,8 @@ def _fingerprint(root: Path, samples: Samples) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(samples: Samples, image_size: int) -> Pictures:
-    # One after the other: on pictures this small, threads spend more on the interpreter lock than decoding takes.
+def _decode_all(samples: Samples, image_size: int) -> Labelled:
+    # One after the other: on images this small, threads spend more on the interpreter lock than decoding takes.
     images = np.empty((len(samples), image_size, image_size, 3), np.uint8)
     labels, complaints = [], []
     for path, label in samples:
@@ -242,17 +242,17 @@ def _decode_all(samples: Samples, image_size: int) -> Pictures:
         else:
             labels.append(label)
     if not labels:
-        raise ValueError(f"none of {len(samples)} pictures can be decoded, the first of them {complaints[0]}")
+        raise ValueError(f"none of {len(samples)} images can be decoded, the first of them {complaints[0]}")
     if complaints:
         text = damage_text(len(samples), complaints, "they are left out")
         warnings.warn(text, stacklevel=2)
     return torch.from_numpy(images[: len(labels)]).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
-def _fit(picture: Image.Image, image_size: int) -> Image.Image:
-    if picture.size == (image_size, image_size):
-        return picture
-    return ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC)
+def _fit(image: Image.Image, image_size: int) -> Image.Image:
+    if image.size == (image_size, image_size):
+        return image
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def _resize(images: Tensor, image_size: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""What becomes of a decoded picture before it is normalised: torchvision's reference presets for large pictures.
+"""What becomes of a decoded image before it is normalised: torchvision's reference presets for large images.
 
-Their "tensor" backend: the same as on Pillow's pictures but for rounding, and faster.
+Their "tensor" backend: the same as on Pillow's images but for rounding, and faster.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def train_transform(
     auto_augment: str | None = None,
     ra_magnitude: int = 9,
 ) -> v2.Compose:
-    """torchvision's reference preset for training on large pictures: random crop, flip, RandAugment.
+    """torchvision's reference preset for training on large images: random crop, flip, RandAugment.
 
     Args:
         train_crop_size: edge length S of the crop, which ``RandomResizedCrop`` draws and scales.
         interpolation: ``"bilinear"`` (the reference's default), ``"bicubic"``, ``"nearest"`` or ``"nearest-exact"``.
-        hflip: mirror every other picture.
+        hflip: mirror every other image.
         auto_augment: ``"ra"`` for RandAugment, or ``None``.
         ra_magnitude: of RandAugment, 0 to 30.
     """

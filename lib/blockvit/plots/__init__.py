@@ -8,15 +8,15 @@ figure. What is computed for a figure and would stand in a text as well belongs 
 - ``roofline``: single layers against what the device can do, and what an MLP has to move.
 - ``models``: whole models: speed, memory, and converting them.
 - ``latency``: one image at a time: the distribution of the latency, and threads.
-- ``accuracy``: what sparsity costs, beside the speed it buys.
+- ``losses``: what sparsity costs, beside the speed it buys.
 - ``style``: what they share to draw: titles, colours, markers, lines, axes, legends, labels, saving.
 - ``words``: what they share to name: models, layers, backends, engines, machines.
 - ``rows``: what they share to read: which rows a figure may take, and those of each block size.
 """
 
-from .accuracy import accuracy, mask_changes, pareto, variants
 from .latency import latency_tails, threads
 from .layers import contenders, large_matmuls, linear_speedup, linear_throughput, speedup_heatmaps
+from .losses import accuracy, mask_changes, pareto, variants
 from .models import batch_sizes, conversion, execution_modes, memory, model_speedup
 from .roofline import roofline, traffic
 from .style import WIDTH, save, set_style

@@ -2,15 +2,15 @@
 
     recipe.py     the recipes, as plain values
     loop.py       fit, and what a step does
-    evaluation.py loss and accuracy, every picture once
-    batches.py    which pictures a step sees, and what chance does to them
-    augment.py    augmentation of small pictures, in batches where they lie
+    evaluation.py loss and accuracy, every image once
+    batches.py    which images a step sees, and what chance does to them
+    augment.py    augmentation of small images, in batches where they lie
     optimizer.py  parameter groups, moving average
     schedule.py   learning rate and sparsity, step by step
     processes.py  one process, or several through Accelerate
     resume.py     checkpoints
     weights.py    trained weights to begin with
-    launch.py     several processes, started from a notebook
+    launcher.py   several processes, started from a notebook
     cost.py       what a training costs, on paper
     command.py    one training as a plain command: python -m blockvit.train
 
@@ -22,7 +22,7 @@ after each epoch, needs no generator states.
 from .batches import epoch_order
 from .cost import days_on_nodes, grid_cost
 from .evaluation import evaluate
-from .launch import launch
+from .launcher import launch
 from .loop import History, NonFiniteLossError, fit
 from .optimizer import ema_decay, parameter_groups
 from .recipe import RECIPES, Recipe, recipe_for

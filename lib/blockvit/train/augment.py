@@ -1,7 +1,7 @@
-"""Augmentation of small pictures where they lie: every picture its own draw, every operation one call for many.
+"""Augmentation of small images where they lie: every image its own draw, every operation one call for many.
 
-Draws are made apart from their use, for the pictures of a whole epoch, so that each of several processes can apply
-those of its own pictures, and that the device gets a few large calls instead of many small ones.
+Draws are made apart from their use, for the images of a whole epoch, so that each of several processes can apply
+those of its own images, and that the device gets a few large calls instead of many small ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .recipe import Recipe
 
 
 class RandAugment(v2.RandAugment):
-    """torchvision's RandAugment for a batch, with an operation and a direction of its own for each picture."""
+    """torchvision's RandAugment for a batch, with an operation and a direction of its own for each image."""
 
     def __init__(self, magnitude: int) -> None:
         super().__init__(magnitude=magnitude, interpolation=InterpolationMode.BILINEAR)
@@ -31,7 +31,7 @@ class RandAugment(v2.RandAugment):
     def forward(self, images: Tensor, operations: Tensor, negative: Tensor) -> Tensor:
         """``images``: uint8 ``(N, 3, S, S)``; the draws lie on the CPU."""
         for layer in range(self.num_ops):
-            # Sorted by what is done to them, the pictures of an operation are a slice: one gather there, one back.
+            # Sorted by what is done to them, the images of an operation are a slice: one gather there, one back.
             kinds = 2 * operations[:, layer] + negative[:, layer]
             order = kinds.argsort(stable=True)
             counts = kinds.bincount(minlength=2 * len(self._AUGMENTATION_SPACE)).tolist()
@@ -54,7 +54,7 @@ class RandAugment(v2.RandAugment):
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance does to each of N pictures; ``None``: the recipe leaves it out.
+    """What chance does to each of N images; ``None``: the recipe leaves it out.
 
     Attributes:
         shift: row and column that the crop begins at, ``(N, 2)``.
@@ -69,7 +69,7 @@ class Draws:
 
     @classmethod
     def make(cls, count: int, recipe: Recipe, generator: torch.Generator) -> Draws:
-        """Draw for ``count`` pictures."""
+        """Draw for ``count`` images."""
         shift = mirrored = operations = negative = None
         if recipe.random_crop_padding:
             shift = torch.randint(2 * recipe.random_crop_padding + 1, (count, 2), generator=generator)
@@ -84,7 +84,7 @@ class Draws:
 
 
 def augment(images: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
-    """Shift, mirror and RandAugment small pictures, uint8 ``(N, 3, S, S)`` on any device, as drawn for each."""
+    """Shift, mirror and RandAugment small images, uint8 ``(N, 3, S, S)`` on any device, as drawn for each."""
     if draws.shift is not None:
         images = _shifted(images, draws.shift, recipe.random_crop_padding)
     if draws.mirrored is not None:
@@ -95,7 +95,7 @@ def augment(images: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
 
 
 def _shifted(images: Tensor, shift: Tensor, padding: int) -> Tensor:
-    """Crop each picture at its own place out of its zero-padded self: one gather for the whole batch."""
+    """Crop each image at its own place out of its zero-padded self: one gather for the whole batch."""
     n, channels, height, width = images.shape
     device = images.device
     top, left = _moved(shift, images).view(n, 2, 1).unbind(1)

@@ -1,9 +1,9 @@
-"""Which pictures a step sees, and what chance does to them: the same however many processes share the step.
+"""Which images a step sees, and what chance does to them: the same however many processes share the step.
 
-Everything random about a picture hangs on the recipe's seed, the epoch, and the picture's place in the epoch's order;
+Everything random about an image hangs on the recipe's seed, the epoch, and the image's place in the epoch's order;
 never on the process or the worker that handles it. A global batch is cut into equal passes, one or more for each
 process; mixup and cutmix pair neighbours in groups of the global batch, so a pass that begins within a group takes the
-picture before it along.
+image before it along.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..data import ImageFiles, Images, ImageTensors, normalize
-from ..data.sampling import Draw, DrawnPictures, OrderSampler, RepeatedAugSampler
+from ..data.sampling import Draw, DrawnImages, OrderSampler, RepeatedAugSampler
 from .augment import Draws, augment
 from .processes import Alone
 from .recipe import Recipe
 
 LARGEST_PASS = 512
-"""Pictures of a forward pass unless the caller says otherwise: torchvision's ViT-B/16 recipe on a GPU of 80 GB."""
+"""Images of a forward pass unless the caller says otherwise: torchvision's ViT-B/16 recipe on a GPU of 80 GB."""
 
 MIX_GROUP = 512
-"""Pictures that share a draw of mixup or cutmix: a batch of one process in torchvision's recipe."""
+"""Images that share a draw of mixup or cutmix: a batch of one process in torchvision's recipe."""
 
 AUGMENT_AHEAD = 8192
-"""Pictures held in memory that are augmented in one go: enough that the host launches little, few enough to store."""
+"""Images held in memory that are augmented in one go: enough that the host launches little, few enough to store."""
 
-Batch = tuple[Tensor, Tensor]  # normalised pictures (N, 3, S, S), and labels (N,) or, if mixed, (N, classes)
+Batch = tuple[Tensor, Tensor]  # normalised images (N, 3, S, S), and labels (N,) or, if mixed, (N, classes)
 
 
 class Chance(IntEnum):
@@ -52,7 +52,7 @@ def seed_of(chance: Chance, *numbers: int) -> int:
 
 
 def order_of(count: int, recipe: Recipe, epoch: int) -> OrderSampler:
-    """The order in which an epoch (from 0) goes through ``count`` training pictures."""
+    """The order in which an epoch (from 0) goes through ``count`` training images."""
     if recipe.ra_sampler:
         sampler = RepeatedAugSampler(count, repeats=recipe.ra_reps, seed=recipe.seed)
     else:
@@ -62,18 +62,18 @@ def order_of(count: int, recipe: Recipe, epoch: int) -> OrderSampler:
 
 
 def steps_per_epoch(count: int, recipe: Recipe) -> int:
-    """Steps that an epoch of ``count`` training pictures has."""
+    """Steps that an epoch of ``count`` training images has."""
     return len(order_of(count, recipe, 0)) // recipe.batch_size
 
 
 def epoch_order(count: int, recipe: Recipe, epoch: int) -> Tensor:
-    """Indices into ``count`` training pictures, ``(steps, batch_size)``: what each step of an epoch (from 0) sees."""
+    """Indices into ``count`` training images, ``(steps, batch_size)``: what each step of an epoch (from 0) sees."""
     indices = order_of(count, recipe, epoch).indices()
     return indices[: len(indices) // recipe.batch_size * recipe.batch_size].view(-1, recipe.batch_size)
 
 
 def accumulation(batch_size: int, processes: int, accumulate: int | None = None) -> int:
-    """Forward passes of each process in a step: as given, or the fewest of at most ``LARGEST_PASS`` pictures.
+    """Forward passes of each process in a step: as given, or the fewest of at most ``LARGEST_PASS`` images.
 
     Raises:
         ValueError: ``batch_size`` cannot be cut into equal passes.
@@ -108,7 +108,7 @@ class Pass:
     """What a forward pass takes of a global batch.
 
     Attributes:
-        rows: places in the global batch, those of borrowed pictures included.
+        rows: places in the global batch, those of borrowed images included.
         pieces: what is mixed; empty for no mixing.
     """
 
@@ -122,7 +122,7 @@ def passes(recipe: Recipe, processes: Alone, accumulate: int) -> list[Pass]:
     first = processes.rank * accumulate * size
     places = torch.arange(recipe.batch_size)
     if recipe.ra_sampler:
-        # Copies of a picture far apart: mixing pairs neighbours, and a picture with itself is no mixture.
+        # Copies of an image far apart: mixing pairs neighbours, and an image with itself is no mixture.
         places = torch.cat([places[copy :: recipe.ra_reps] for copy in range(recipe.ra_reps)])
     parts = [_pass(start, start + size, recipe) for start in range(first, first + accumulate * size, size)]
     return [replace(part, rows=places[part.rows]) for part in parts]
@@ -136,7 +136,7 @@ def _pass(start: int, stop: int, recipe: Recipe) -> Pass:
         low, high = group * MIX_GROUP, min((group + 1) * MIX_GROUP, recipe.batch_size)
         inside = list(range(max(low, start), min(high, stop)))
         borrowed = len(inside) < high - low
-        if borrowed:  # mixing pairs each picture with the one before it, the group's first with its last
+        if borrowed:  # mixing pairs each image with the one before it, the group's first with its last
             inside.insert(0, inside[0] - 1 if inside[0] > low else high - 1)
         pieces.append(Piece(group, slice(len(rows), len(rows) + len(inside)), borrowed))
         rows += inside
@@ -160,26 +160,26 @@ def batches(
         parts = _held(images, own, recipe, epoch)
     else:
         parts = _decoded(images, own, recipe, epoch, processes.device, num_workers)
-    for number, (pictures, labels) in enumerate(parts):
+    for number, (batch, labels) in enumerate(parts):
         step, part = divmod(number, accumulate)
         if mix is None:
-            yield pictures, labels
+            yield batch, labels
         else:
-            yield _mixed(pictures, labels, own[part], mix, (recipe.seed, epoch, step))
+            yield _mixed(batch, labels, own[part], mix, (recipe.seed, epoch, step))
 
 
-def _mixed(pictures: Tensor, labels: Tensor, part: Pass, mix: nn.Module, when: tuple[int, ...]) -> Batch:
+def _mixed(images: Tensor, labels: Tensor, part: Pass, mix: nn.Module, when: tuple[int, ...]) -> Batch:
     mixed = []
     for piece in part.pieces:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(Chance.MIXING, *when, piece.group))
-            both = mix(pictures[piece.rows], labels[piece.rows])
+            both = mix(images[piece.rows], labels[piece.rows])
         mixed.append([kept[1:] for kept in both] if piece.borrowed else both)
     return tuple(torch.cat(kept) for kept in zip(*mixed, strict=True))
 
 
 def _held(images: ImageTensors, own: list[Pass], recipe: Recipe, epoch: int) -> Iterator[Batch]:
-    """Passes over pictures in memory, on their device: augmented many passes at a time."""
+    """Passes over images in memory, on their device: augmented many passes at a time."""
     order = epoch_order(len(images), recipe, epoch)
     generator = torch.Generator().manual_seed(seed_of(Chance.AUGMENTATION, recipe.seed, epoch))
     draws = Draws.make(order.numel(), recipe, generator)
@@ -189,16 +189,16 @@ def _held(images: ImageTensors, own: list[Pass], recipe: Recipe, epoch: int) -> 
     for first in range(0, len(places), ahead):
         some = places[first : first + ahead]
         rows = torch.cat(some)
-        pictures, labels = images[index[rows.to(index.device)]]
-        pictures = normalize(augment(pictures, draws[rows], recipe), images.mean, images.std)
+        batch, labels = images[index[rows.to(index.device)]]
+        batch = normalize(augment(batch, draws[rows], recipe), images.mean, images.std)
         sizes = [len(place) for place in some]
-        yield from zip(pictures.split(sizes), labels.split(sizes), strict=True)
+        yield from zip(batch.split(sizes), labels.split(sizes), strict=True)
 
 
 def _decoded(
     images: ImageFiles, own: list[Pass], recipe: Recipe, epoch: int, device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
-    """Passes over pictures that workers decode."""
+    """Passes over images that workers decode."""
 
     def draws() -> Iterator[list[Draw]]:
         order = iter(order_of(len(images), recipe, epoch))
@@ -208,8 +208,8 @@ def _decoded(
                 yield [batch[row] for row in part.rows.tolist()]
 
     loader: Iterable[Batch] = DataLoader(
-        DrawnPictures(images), batch_sampler=draws(), num_workers=num_workers, pin_memory=device.type == "cuda"
+        DrawnImages(images), batch_sampler=draws(), num_workers=num_workers, pin_memory=device.type == "cuda"
     )
-    for pictures, labels in loader:
-        pictures, labels = (part.to(device, non_blocking=True) for part in (pictures, labels))
-        yield normalize(pictures, images.mean, images.std), labels
+    for batch, labels in loader:
+        batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
+        yield normalize(batch, images.mean, images.std), labels

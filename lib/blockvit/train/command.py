@@ -190,11 +190,11 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
     if processes.is_main:
         run = {
             "source": splits.source,
-            "training pictures": len(splits.train),
+            "training images": len(splits.train),
             "steps per epoch": steps_per_epoch(len(splits.train), recipe),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": processes.count,
-            "pictures per pass": recipe.batch_size // (processes.count * accumulate),
+            "images per pass": recipe.batch_size // (processes.count * accumulate),
             **{name: value for name, value in vars(args).items() if not hasattr(recipe, name)},
             "accumulate": accumulate,
             "workers": workers,

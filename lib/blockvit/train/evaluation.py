@@ -1,4 +1,4 @@
-"""Evaluation: every picture once, however many processes share them."""
+"""Evaluation: every image once, however many processes share them."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def evaluate(
     """Cross-entropy and accuracy of ``model`` on ``images``: ``{"loss": mean, "top1": fraction in [0, 1], ...}``.
 
     The model is moved to ``device``, evaluated in eval mode, and put back into the modes that it and its parts were in.
-    Several ``processes`` evaluate a part each, on their own devices, and every picture counts once, also where their
-    number does not divide that of the pictures; without them this process evaluates all.
+    Several ``processes`` evaluate a part each, on their own devices, and every image counts once, also where their
+    number does not divide that of the images; without them this process evaluates all.
 
-    Loss and accuracy are of the pictures that can be decoded; ``damaged`` counts the others, and a warning tells which.
+    Loss and accuracy are of the images that can be decoded; ``damaged`` counts the others, and a warning tells which.
 
     Raises:
-        ValueError: there is no picture, or none that can be decoded.
+        ValueError: there is no image, or none that can be decoded.
     """
     if len(images) == 0:
-        raise ValueError("there are no pictures to evaluate on; expected at least one")
+        raise ValueError("there are no images to evaluate on; expected at least one")
     processes = processes or Alone(device)
     device = processes.device
     modes = {module: module.training for module in model.modules()}  # a frozen part may be in another than the model
@@ -51,12 +51,12 @@ def evaluate(
     tell_damage(images, processes)
     loss, correct, count = processes.sum(sums).tolist()
     if count == 0:
-        raise ValueError(f"none of {len(images)} pictures can be decoded, so there is no accuracy; see the warning")
+        raise ValueError(f"none of {len(images)} images can be decoded, so there is no accuracy; see the warning")
     return {"loss": loss / count, "top1": correct / count, "damaged": len(images) - int(count)}
 
 
 def _sums(model: nn.Module, images: Images, batch_size: int, num_workers: int, processes: Alone) -> torch.Tensor:
-    """Of the losses, of the correct answers and of the pictures that this process evaluates."""
+    """Of the losses, of the correct answers and of the images that this process evaluates."""
     device = processes.device
     sums = torch.zeros(3, device=device)
     part = eval_indices(len(images), rank=processes.rank, world_size=processes.count)
@@ -75,7 +75,7 @@ def placed(images: Images, device: torch.device) -> Images:
 
 
 def tell_damage(images: Images, processes: Alone) -> None:
-    """Let the main process warn of the pictures that any process could not decode."""
+    """Let the main process warn of the images that any process could not decode."""
     if isinstance(images, ImageTensors):
         return
     anywhere = processes.sum(images.damaged.to(processes.device, torch.int32)) > 0
@@ -85,7 +85,7 @@ def tell_damage(images: Images, processes: Alone) -> None:
 
 
 def _in_order(images: Images, indices: range, batch_size: int, num_workers: int) -> Iterable[Batch]:
-    """Batches of the pictures at ``indices``; uint8."""
+    """Batches of the images at ``indices``; uint8."""
     if isinstance(images, ImageTensors):
         starts = range(0, len(indices), batch_size)
         return (images[part.start : part.stop : part.step] for part in (indices[i : i + batch_size] for i in starts))

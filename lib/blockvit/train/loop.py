@@ -38,15 +38,15 @@ class NonFiniteLossError(ArithmeticError):
     Attributes:
         epoch, step: where, from 0; the step within the epoch.
         lr: the learning rate there.
-        pictures: indices into the training split of the batch that was trained on.
+        images: indices into the training split of the batch that was trained on.
     """
 
-    def __init__(self, message: str, epoch: int, step: int, lr: float, pictures: list[int]) -> None:
+    def __init__(self, message: str, epoch: int, step: int, lr: float, images: list[int]) -> None:
         super().__init__(message)
-        self.epoch, self.step, self.lr, self.pictures = epoch, step, lr, pictures
+        self.epoch, self.step, self.lr, self.images = epoch, step, lr, images
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.epoch, self.step, self.lr, self.pictures)
+        return type(self), (str(self), self.epoch, self.step, self.lr, self.images)
 
 
 @dataclass
@@ -104,7 +104,7 @@ def fit(
         model: takes ``(N, 3, S, S)`` floats, returns ``(N, len(data.classes))`` logits.
         data: see ``data.load``.
         recipe: see ``recipe_for``.
-        device: where to train, ``"cuda"`` for each of several processes its own GPU; the model and small pictures are
+        device: where to train, ``"cuda"`` for each of several processes its own GPU; the model and small images are
             moved there.
         checkpoint: file to keep the state in, which the main process writes after each epoch. Never partial: a killed
             run leaves the last whole epoch.
@@ -116,7 +116,7 @@ def fit(
         progress: show a progress bar (the main process does).
         num_workers: processes that decode ``ImageFiles`` for each training process.
         accumulate: forward passes that each process cuts its part of a batch into, to save memory; None: as many as
-            hold at most ``batches.LARGEST_PASS`` pictures each.
+            hold at most ``batches.LARGEST_PASS`` images each.
         compile: train through ``torch.compile``; a string is its mode, e.g. ``"reduce-overhead"``.
         stop: asked before each epoch, of several processes in the main one; training ends there once it returns True.
             The history is then shorter than the recipe, and a later call goes on from ``checkpoint``.
@@ -125,7 +125,7 @@ def fit(
             in each process it is the caller's.
 
     Raises:
-        ValueError: ``eval_every`` below 1, fewer training pictures than a batch, a batch that cannot be cut into equal
+        ValueError: ``eval_every`` below 1, fewer training images than a batch, a batch that cannot be cut into equal
             passes, a model or teacher of other classes, a teacher without ``distillation_alpha`` or the reverse, or
             processes that were called with different things.
         CheckpointError: ``checkpoint`` is damaged, or of another model, recipe or data set (the first difference is
@@ -189,7 +189,7 @@ class _Trainer:
     forward: nn.Module  # the same, compiled if asked for, its gradients averaged over the processes
     recipe: Recipe
     processes: Alone
-    pictures: int
+    num_images: int
     steps: int  # in an epoch
     accumulate: int
     optimizer: torch.optim.Optimizer
@@ -207,7 +207,7 @@ class _Trainer:
         model: nn.Module,
         recipe: Recipe,
         processes: Alone,
-        pictures: int,
+        num_images: int,
         accumulate: int = 1,
         compile: bool | str = False,
         teacher: nn.Module | None = None,
@@ -224,10 +224,10 @@ class _Trainer:
         scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.amp and recipe.amp_dtype == "fp16")
         average = get_ema_multi_avg_fn(ema_decay(recipe))
         ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.model_ema else None
-        steps = steps_per_epoch(pictures, recipe)
+        steps = steps_per_epoch(num_images, recipe)
         masks = MaskSchedule(model, recipe, steps)
         return cls(
-            model, forward, recipe, processes, pictures, steps, accumulate, optimizer, scaler, ema, masks, teacher
+            model, forward, recipe, processes, num_images, steps, accumulate, optimizer, scaler, ema, masks, teacher
         )
 
     def train_epoch(self, epoch: int, parts: Iterable[Batch], bar: tqdm) -> dict[str, Any]:
@@ -279,7 +279,7 @@ class _Trainer:
         return loss
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of ``images``; ``labels`` are classes or, of mixed pictures, their probabilities."""
+        """The mean loss of ``images``; ``labels`` are classes or, of mixed images, their probabilities."""
         recipe, logits = self.recipe, self.forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         if self.teacher is None:
@@ -320,16 +320,16 @@ class _Trainer:
 
     def not_finite(self, what: str, epoch: int, step: int) -> NonFiniteLossError:
         lr = self.lr(epoch * self.steps + step)
-        pictures = epoch_order(self.pictures, self.recipe, epoch)[step].tolist()
+        images = epoch_order(self.num_images, self.recipe, epoch)[step].tolist()
         return NonFiniteLossError(
             f"{what} in epoch {epoch + 1}, step {step + 1} of {self.steps}, at learning rate {lr:.3g}; expected finite "
-            f"numbers. That batch holds training pictures {', '.join(map(str, pictures[:4]))}, ... (all: the error's "
-            "attribute `pictures`). Lower lr, warm up longer (lr_warmup_epochs) or set clip_grad_norm; a checkpoint "
+            f"numbers. That batch holds training images {', '.join(map(str, images[:4]))}, ... (all: the error's "
+            "attribute `images`). Lower lr, warm up longer (lr_warmup_epochs) or set clip_grad_norm; a checkpoint "
             "keeps the last whole epoch",
             epoch,
             step,
             lr,
-            pictures,
+            images,
         )
 
     def averaged(self, after: int) -> nn.Module:
@@ -395,7 +395,7 @@ def _check_run(
         raise ValueError(f"eval_every is {eval_every}; expected a number of epochs, at least 1")
     if steps_per_epoch(len(data.train), recipe) < 1:
         raise ValueError(
-            f"{data.name} has {len(data.train)} training pictures, fewer than one batch of {recipe.batch_size}; "
+            f"{data.name} has {len(data.train)} training images, fewer than one batch of {recipe.batch_size}; "
             "choose a smaller batch_size"
         )
     if (teacher is None) != (recipe.distillation_alpha == 0):

@@ -27,8 +27,8 @@ class Recipe:
     """How to train; plain values, named as in torchvision's reference.
 
     Attributes:
-        epochs: passes over the training pictures.
-        batch_size: pictures in a step, of all processes and accumulated passes together: what ``lr`` belongs to. The
+        epochs: passes over the training images.
+        batch_size: images in a step, of all processes and accumulated passes together: what ``lr`` belongs to. The
             last, smaller batch of an epoch is left out.
         lr: peak learning rate of AdamW.
         weight_decay: decay of weights, and of each group below that has none of its own (``None``).
@@ -41,13 +41,13 @@ class Recipe:
         lr_warmup_decay: fraction of ``lr`` to start from.
         lr_min: learning rate at the end.
         label_smoothing: probability spread evenly over all classes, in [0, 1).
-        mixup_alpha: 0 for no mixup; with cutmix too, each group of pictures (``batches.MIX_GROUP``) takes one of them
+        mixup_alpha: 0 for no mixup; with cutmix too, each group of images (``batches.MIX_GROUP``) takes one of them
             by chance.
         cutmix_alpha: 0 for no cutmix.
         auto_augment: ``"ra"`` for RandAugment, or ``None``.
         ra_magnitude: strength of RandAugment, 0 to 30.
         ra_sampler: repeated augmentation (Hoffer et al., arXiv:1901.09335): a batch holds ``ra_reps`` differently
-            augmented copies of each of its pictures, and an epoch, no longer, only so many fewer pictures.
+            augmented copies of each of its images, and an epoch, no longer, only so many fewer images.
         ra_reps: copies of an image, for ``ra_sampler``.
         hflip: mirror every other image.
         random_crop_padding: shift small images (``ImageTensors``) by up to so many pixels; large ones
@@ -191,7 +191,7 @@ RECIPES: dict[str, Recipe] = {
         hflip=True,
         random_crop_padding=4,
     ),
-    # torchvision's vit_b_16 (references/classification/README.md): there eight processes of 512 pictures each.
+    # torchvision's vit_b_16 (references/classification/README.md): there eight processes of 512 images each.
     "imagenet": Recipe(
         epochs=300,
         batch_size=4096,

@@ -26,7 +26,7 @@ def identity_of(model: nn.Module, data: DataSplits, recipe: Recipe) -> dict[str,
     """What makes two trainings the same run."""
     about = {
         "name": data.name,
-        "training pictures": len(data.train),
+        "training images": len(data.train),
         "classes": ", ".join(data.classes),
         "image_size": data.image_size,
     }

@@ -1,6 +1,6 @@
-"""Pictures of a data set, as uint8: held in memory, or decoded from files when they are asked for.
+"""Images of a data set, as uint8: held in memory, or decoded from files when they are asked for.
 
-A picture that cannot be decoded stops nothing and is never passed over in silence. In training the next one in the list
+An image that cannot be decoded stops nothing and is never passed over in silence. In training the next one in the list
 is taken instead, nearly always of the same class, so that batches stay full; in evaluation it bears the label
 ``DAMAGED``, to be counted neither right nor wrong. ``damage_report`` tells which they were.
 """
@@ -22,16 +22,16 @@ from .decode import UndecodableError, decode
 
 Channels = tuple[float, float, float]
 
-NAMED = 3  # of the pictures that a report counts
+NAMED = 3  # of the images that a report counts
 DAMAGED = -1
-"""The label of a picture that cannot be decoded, where it is not exchanged for another."""
+"""The label of an image that cannot be decoded, where it is not exchanged for another."""
 MAX_SUBSTITUTES = 16
-"""So many pictures in a row that cannot be decoded are no damaged files but a damaged disk, or a lost mount."""
+"""So many images in a row that cannot be decoded are no damaged files but a damaged disk, or a lost mount."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTensors(Dataset):
-    """Pictures held in memory.
+    """Images held in memory.
 
     Attributes:
         images: uint8 ``(N, 3, S, S)``.
@@ -48,25 +48,25 @@ class ImageTensors(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
-        """Pictures and labels at ``index``: an integer, a slice or a tensor of indices."""
+        """Images and labels at ``index``: an integer, a slice or a tensor of indices."""
         return self.images[index], self.labels[index]
 
     def to(self, device: torch.device | str) -> ImageTensors:
-        """The same pictures on ``device``."""
+        """The same images on ``device``."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Dataset):
-    """Pictures decoded from files when asked for.
+    """Images decoded from files when asked for.
 
     Attributes:
-        samples: path and label of each picture.
-        transform: from a PIL picture to a uint8 tensor ``(3, S, S)``; see ``train_transform``, ``eval_transform``.
+        samples: path and label of each image.
+        transform: from a PIL image to a uint8 tensor ``(3, S, S)``; see ``train_transform``, ``eval_transform``.
         mean, std: of each channel, in [0, 1], for ``normalize``.
-        substitute: give the next picture in the list for one that cannot be decoded, as training wants it; else a
+        substitute: give the next image in the list for one that cannot be decoded, as training wants it; else a
             black one with the label ``DAMAGED``.
-        damaged: bool ``(N,)``, which pictures were asked for and could not be decoded. The copies that ``replace``
+        damaged: bool ``(N,)``, which images were asked for and could not be decoded. The copies that ``replace``
             makes and the processes of a ``DataLoader`` all write into this one.
     """
 
@@ -85,7 +85,7 @@ class ImageFiles(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The transformed picture at ``index`` and its label; for one that cannot be decoded, see ``substitute``.
+        """The transformed image at ``index`` and its label; for one that cannot be decoded, see ``substitute``.
 
         Raises:
             UndecodableError: it has to be substituted, and none of the next ``MAX_SUBSTITUTES`` can be decoded either.
@@ -93,15 +93,15 @@ class ImageFiles(Dataset):
         for place in range(index, index + 1 + MAX_SUBSTITUTES * self.substitute):
             path, label = self.samples[place % len(self)]
             try:
-                picture = decode(path)
+                image = decode(path)
             except UndecodableError as error:
                 self.damaged[place % len(self)] = True
                 found = error
             else:
-                return self.transform(picture), label
+                return self.transform(image), label
         if self.substitute:
             raise UndecodableError(
-                f"{self.samples[index][0]} and the {MAX_SUBSTITUTES} pictures after it cannot be decoded; check the "
+                f"{self.samples[index][0]} and the {MAX_SUBSTITUTES} images after it cannot be decoded; check the "
                 f"disk or mount that they are on. The last one: {found}"
             )
         return self.transform(Image.new("RGB", (1, 1))), DAMAGED
@@ -121,7 +121,7 @@ def _of_channels(values: Channels, device: torch.device) -> Tensor:
 
 
 def damage_report(images: ImageFiles) -> str | None:
-    """A sentence on the pictures that could not be decoded so far: how many, the first ones and why; None if none."""
+    """A sentence on the images that could not be decoded so far: how many, the first ones and why; None if none."""
     places = images.damaged.nonzero().flatten().tolist()
     if not places:
         return None
@@ -138,11 +138,11 @@ def warn_of_damage(images: Images) -> None:
 
 
 def damage_text(total: int, complaints: list[str], fate: str, *, count: int | None = None) -> str:
-    """The sentence of ``damage_report``, of ``count`` pictures (None: as many as ``complaints``) out of ``total``."""
+    """The sentence of ``damage_report``, of ``count`` images (None: as many as ``complaints``) out of ``total``."""
     count = len(complaints) if count is None else count
     more = ", ..." if count > NAMED else ""
     return (
-        f"{count} of {total} pictures cannot be decoded; {fate}: {', '.join(complaints[:NAMED])}{more}. Replace or "
+        f"{count} of {total} images cannot be decoded; {fate}: {', '.join(complaints[:NAMED])}{more}. Replace or "
         "remove the files"
     )
 
