@@ -519,7 +519,7 @@ def test_model_bytes_of_a_converted_layer_hold_the_parts_and_the_packing(backend
     sparse = BlockSparseLinear.from_dense(linear, 8, backend=backend)
     parts = sparse.bsr.nbytes
     assert parts == 8 * 64 * 4 + 8 * 4 + 9 * 4
-    if backend == "torch":  # reads the parts themselves
+    if backend in ("torch", "cpu"):  # one reads the parts themselves, the other keeps the blocks in its own order only
         assert model_bytes(sparse) == parts
     elif backend == "dense":
         assert model_bytes(sparse) == parts + 64 * 64 * 4

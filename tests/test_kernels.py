@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -431,6 +432,53 @@ def test_loading_damaged_indices_is_an_error():
     state = sparse.state_dict() | {"col_indices": torch.tensor([0, 9, 0, 1], dtype=torch.int32)}
     with pytest.raises(RuntimeError, match=r"col_indices must lie in \[0, 2\)"):
         sparse.load_state_dict(state)
+
+
+@every_backend
+def test_values_come_back_whatever_order_they_are_held_in(backend):
+    matrix = BSRMatrix.from_dense(linear_with_zero_blocks(40, 24, 8, 0.5).weight, 8)
+    sparse = BlockSparseLinear(matrix, backend=backend)
+    assert torch.equal(sparse.values, matrix.values) and torch.equal(sparse.bsr.to_dense(), matrix.to_dense())
+    assert torch.equal(sparse.state_dict()["values"], matrix.values)
+    assert sparse.sparsity == matrix.sparsity and sparse.values.dtype == torch.float32
+    for other in ("gather", "cpu", "dense", backend):
+        sparse.use_backend(other)
+        assert torch.equal(sparse.values, matrix.values)
+    sparse.use_backend("auto")
+    assert torch.equal(sparse.bfloat16().values, matrix.values.bfloat16())
+
+
+def test_the_cpu_kernel_holds_its_weight_once():
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(40, 24, 8, 0.5), 8, backend="cpu")
+    held = [name for name, tensor in sparse.named_buffers() if tensor.numel() == sparse.values.numel()]
+    assert held == ["_packed_weight"]
+    sparse.state_dict()
+    sparse.to(torch.bfloat16).to(torch.float32)
+    assert sparse._buffers["values"] is None
+
+
+@every_backend
+@pytest.mark.parametrize("through", ["cpu", "meta"])
+def test_memory_that_was_emptied_takes_a_state_dict(backend, through):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(40, 24, 8, 0.5), 8, backend=backend)
+    x, state = torch.randn(3, 24), {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    y = sparse(x)
+    if through == "meta":
+        sparse.requested_backend = "auto"  # no other can be there
+        with warnings.catch_warnings(action="ignore"):
+            sparse.to("meta")
+        sparse.requested_backend = backend
+    sparse.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(sparse(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "gather", "dense"])
+def test_a_memory_format_for_images_leaves_the_weight_alone(backend, dtype):
+    sparse = BlockSparseLinear.from_dense(linear_with_zero_blocks(40, 24, 8, 0.5), 8, backend=backend).to(dtype)
+    x = torch.randn(3, 24, dtype=dtype)
+    y = sparse(x)
+    assert torch.equal(sparse.to(memory_format=torch.channels_last)(x), y)
 
 
 def test_bias_is_shared_and_trainable_and_a_plain_tensor_is_a_buffer():

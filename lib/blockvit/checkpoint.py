@@ -76,7 +76,7 @@ def save(
             name: {
                 "shape": [m.out_features, m.in_features],
                 "block_size": m.block_size,
-                "sparsity": round(m.bsr.sparsity, 6),
+                "sparsity": round(m.sparsity, 6),
                 "activation": m.activation,
             }
             for name, m in sparse.items()

@@ -145,7 +145,7 @@ def _fate(
     if isinstance(module, BlockSparseLinear):
         shape = (module.out_features, module.in_features)
         fate = _converted(shape, module.block_size)
-        return LayerFate(name, kind, shape, module.bsr.sparsity, fate, backend=module.backend.name)
+        return LayerFate(name, kind, shape, module.sparsity, fate, backend=module.backend.name)
     if is_lazy(module.weight):
         return LayerFate(name, kind, (), 0.0, "dense", "not initialised: the model was never called")
     shape = tuple(module.weight.shape)
@@ -251,14 +251,14 @@ def to_block_sparse(
 def _converted_before(modules: Mapping[str, nn.Module], block_size: int, backend: str) -> list[BlockSparseLinear]:
     """The layers among ``modules`` that an earlier call converted; raises if they cannot be what this one asks for."""
     # Those without zeros were placed by `dense_backend`, in blocks of a size that nobody chose.
-    layers = {n: m for n, m in modules.items() if isinstance(m, BlockSparseLinear) and m.bsr.sparsity > 0}
+    layers = {n: m for n, m in modules.items() if isinstance(m, BlockSparseLinear) and m.sparsity > 0}
     for name, layer in layers.items():
         if layer.block_size != block_size:
             raise ValueError(
                 f"{name} was converted before, in blocks of {layer.block_size}, and block_size is {block_size}; pass "
                 f"block_size={layer.block_size}, leave the layer out with skip=, or convert the folded model anew"
             )
-        resolve(backend, layer.values.device, layer.values.dtype, block_size)
+        resolve(backend, layer._held.device, layer._held.dtype, block_size)
     return list(layers.values())
 
 

@@ -32,8 +32,9 @@ def dense_warning(layer: BlockSparseLinear) -> str:
 class BlockSparseLinear(nn.Module):
     """``activation(x @ W.T + bias)`` with a frozen block-sparse ``W``.
 
-    The weight is kept in BSR form (``crow_indices``, ``col_indices``, ``values``: these are the checkpoint) and packed
-    once into the order that the backend reads. Moving the module to another device or dtype packs it again.
+    The checkpoint is the weight in BSR form: ``crow_indices``, ``col_indices``, ``values``. It is packed once into the
+    order that the backend reads; where the values can be read back from that (``Backend.unpack``), they are not kept
+    beside it but unpacked whenever they are asked for. Moving the module to another device or dtype packs it again.
     Differentiable in ``x`` and ``bias``. Under autocast it computes in the weight's own dtype: convert the module to
     bfloat16 to run in it.
 
@@ -83,14 +84,19 @@ class BlockSparseLinear(nn.Module):
         return cls(weight, linear.bias, backend=backend, activation=activation).train(linear.training)
 
     def _resolve(self, like: Tensor) -> type[Backend]:
-        return resolve(self.requested_backend, like.device, like.dtype, self.block_size, self.bsr.sparsity)
+        return resolve(self.requested_backend, like.device, like.dtype, self.block_size, self.sparsity)
+
+    @property
+    def _held(self) -> Tensor:
+        """The weight in the order in which it is held, for its dtype and device."""
+        return self._buffers[self._holder]
 
     def _pack(self) -> None:
         weight = self.bsr
         self.block_size = weight.block_size
         padded_out, padded_in = weight.padded_shape
         self._pad_in, self._pad_out = padded_in - self.in_features, padded_out - self.out_features
-        self.backend = self._resolve(self.values)
+        self.backend = self._resolve(weight.values)
         packed = self.backend.pack(weight)
         for name in self._packed_names:
             delattr(self, name)
@@ -99,6 +105,9 @@ class BlockSparseLinear(nn.Module):
             tensor = tensor.view_as(tensor) if id(tensor) in indices else tensor
             self.register_buffer(f"_packed_{key}", tensor, persistent=False)
         self._packed_names = tuple(f"_packed_{key}" for key in packed)
+        # Not as attributes, which PyTorch would look up first, and they would be unpacked for that.
+        self._buffers["values"] = weight.values if self.backend.unpack is None else None
+        self._holder = "values" if self.backend.unpack is None else "_packed_weight"
         self._packed_in = _PROCESS
         self._scheduled = False  # what a BlockSparseMLP made for the blocks that were here before
 
@@ -125,16 +134,31 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # .to(), .cuda(), .half(): what was packed for one device or dtype may be laid out wrongly for another.
-        before, backend = (self.values.device, self.values.dtype), self.backend
-        self._resolve(fn(self.values[:0]))  # if no backend can run there, say so before anything has moved
+        before, backend = (self._held.device, self._held.dtype), self.backend
+        there = fn(self.col_indices.new_empty(0, 0, 0, dtype=self._held.dtype))
+        self._resolve(there)  # if no backend can run there, say so before anything has moved
+        changed = (there.device, there.dtype) != before
         with self._all_or_nothing():
+            if changed:
+                self._buffers["values"] = self.values
             super()._apply(fn, recurse)
-            changed = (self.values.device, self.values.dtype) != before
+            if before[0].type == "meta":
+                self._fill_indices()
             if changed:
                 self._pack()
+            else:  # .to(memory_format=...) is about images
+                for name in self._packed_names:
+                    self._buffers[name] = self._buffers[name].contiguous()
         if changed and self.requested_backend == "auto" and self.backend.name == "dense" != backend.name:
             warnings.warn(dense_warning(self), stacklevel=2)  # said once for all layers
         return self
+
+    def _fill_indices(self) -> None:
+        """Make the indices those of some matrix of as many blocks: after ``to_empty`` they are what memory held."""
+        block_cols = -(-self.in_features // self.block_size)
+        for name, index in (("crow_indices", lambda i: i * block_cols), ("col_indices", lambda i: i % block_cols)):
+            places = torch.arange(len(self._buffers[name]), device=self._buffers[name].device)
+            self._buffers[name] = index(places).clamp(max=len(self.col_indices)).int()
 
     def use_backend(self, name: str) -> None:
         """Let another backend run the weight, or ``"auto"`` choose one; if it cannot, the layer stays as it is."""
@@ -144,25 +168,35 @@ class BlockSparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.
-        own = {name: getattr(self, name) for name in ("crow_indices", "col_indices", "values")}
-        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        parts = ("crow_indices", "col_indices", "values")
+        given = {name: state_dict[prefix + name] for name in parts if prefix + name in state_dict}
+        own = {name: getattr(self, name) for name in parts if name not in given}
         try:
             BSRMatrix(**own | given, shape=(self.out_features, self.in_features)).check_indices()
         except ValueError as error:
             # PyTorch raises what is appended, of all modules together; this one stays as it was.
             args[-1].append(f"{prefix.rstrip('.') or type(self).__name__}: no BSR weight of this layer: {error}")
             return
+        like = {"crow_indices": self.crow_indices, "col_indices": self.col_indices, "values": self._held}
         with self._all_or_nothing():
-            for name, tensor in given.items():
-                setattr(self, name, own[name].new_empty(tensor.shape))
+            for name in parts:
+                self._buffers[name] = like[name].new_empty(given[name].shape) if name in given else own[name]
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._pack()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        held = self._buffers["values"]
+        try:
+            self._buffers["values"] = self.values
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers["values"] = held
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Unpickled elsewhere: this process may not have the backend's operators loaded, or even be able to run it, and
         # its CPU may want another order. A copy made in the same process keeps what is packed.
-        if self._resolve(self.values) is not self.backend or state.get("_packed_in") != _PROCESS:
+        if self._resolve(self._held) is not self.backend or state.get("_packed_in") != _PROCESS:
             self._pack()
 
     def __getattr__(self, name: str) -> Any:
@@ -171,11 +205,20 @@ class BlockSparseLinear(nn.Module):
                 "BlockSparseLinear has no dense weight; a module that reads it instead of calling the layer cannot "
                 "hold one: leave the layer out of blockvit.to_block_sparse with skip= (bsr.to_dense() makes a copy)"
             )
+        if name == "values" and self._buffers.get(name) is None:
+            packed = {name.removeprefix("_packed_"): self._buffers[name] for name in self._packed_names}
+            return self.backend.unpack(packed)
         return super().__getattr__(name)
 
     @property
+    def sparsity(self) -> float:
+        """Fraction of blocks that are not stored, in [0, 1]."""
+        block_rows, block_cols = len(self.crow_indices) - 1, -(-self.in_features // self.block_size)
+        return 1.0 - len(self.col_indices) / max(1, block_rows * block_cols)
+
+    @property
     def bsr(self) -> BSRMatrix:
-        """The weight as a BSR matrix; shares memory with the module's buffers."""
+        """The weight as a BSR matrix; its indices are the module's buffers."""
         return BSRMatrix(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,8 +228,8 @@ class BlockSparseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # The packed weight has one dtype; casting it in every call, as autocast would, costs more than it saves.
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x.to(self.values.dtype))
-        if x.dtype != (dtype := self._buffers["values"].dtype):
+                return self.forward(x.to(self._held.dtype))
+        if x.dtype != (dtype := self._buffers[self._holder].dtype):
             raise ValueError(
                 f"the input is {x.dtype}, the weight {dtype}; use x.to({dtype}), or model.to({x.dtype}) to convert "
                 "the model"
@@ -208,9 +251,8 @@ class BlockSparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, sparsity and backend, for ``repr``."""
-        bsr = self.bsr
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, sparsity={bsr.sparsity:.3f}, backend={self.backend.name!r}"
+            f"block_size={self.block_size}, sparsity={self.sparsity:.3f}, backend={self.backend.name!r}"
             + (f", activation={self.activation!r}" if self.activation else "")
         )

@@ -57,6 +57,11 @@ class Backend(ABC):
     def pack(weight: BSRMatrix) -> dict[str, Tensor]:
         """Tensors in the order that ``linear`` reads. May alias ``weight``'s; never changes them."""
 
+    unpack: ClassVar[Callable[[dict[str, Tensor]], Tensor] | None] = None
+    """The stored blocks ``(nnz, b, b)`` from what ``pack`` made of them, whose ``"weight"`` has their dtype.
+
+    A backend that has this keeps them in one order only."""
+
     @staticmethod
     @abstractmethod
     def linear(x: Tensor, packed: dict[str, Tensor], bias: Tensor | None, activation: str | None) -> Tensor:
