@@ -32,8 +32,41 @@ def test_milliseconds_and_speedups_over_the_fastest_dense_engine(store):
     assert head == ["One image", f"{CPU['device']}, fp32", f"{XEON['device']}, bf16", "points lost, published"]
     assert eager == ["dense, eager PyTorch", "200 ms", "400 ms", ""]
     assert fastest == ["dense, the fastest engine", "100 ms", "400 ms", ""]
-    assert mlp == ["MLP, 90% in blocks of 32", "50 ms (**2.00×**)", "200 ms (**2.00×**)", "2.3"]
-    assert every == ["all linear layers, 90% in blocks of 64", "25 ms (**4.00×**)", "", "none published"]
+    assert mlp == [
+        "MLP, 90% in blocks of 32",
+        "50.0 ms, **2.00×** (1.96 to 2.04)",
+        "200 ms, **2.00×** (1.96 to 2.04)",
+        "2.3",
+    ]
+    assert every == [
+        "all linear layers, 90% in blocks of 64",
+        "25.0 ms, **4.00×** (3.92 to 4.08)",
+        "",
+        "none published",
+    ]
+
+
+def test_the_sparse_layers_alone_stand_below_the_whole_model_on_the_kernel(store):
+    ways = {"cpu": 1.5, "cpu+dense": 2.0}
+    store.append(vit(32, 0.9, 1, **ways) + vit(64, 0.9, 1, scope="all", **ways))
+    rows = vit(32, 0.8, 1, cpu=1.5)
+    rows += [{**row, "group": rows[0]["group"]} for row in vit(32, 0.8, 1, backend_compile="compile", cpu=1.8)[1:]]
+    store.append(rows)
+    found = {name: cell for name, cell, _ in cells(headline.markdown(store))[4:]}
+    assert list(found) == [
+        "MLP, 80% in blocks of 32",
+        "MLP, 90% in blocks of 32",
+        "MLP, 90% in blocks of 32; the other layers in PyTorch",
+        "all linear layers, 90% in blocks of 64",
+    ]
+    assert ["2.00×" in cell for cell in found.values()] == [False, True, False, True]
+    assert found["MLP, 80% in blocks of 32"] == "556 ms, compiled, **1.80×** (1.76 to 1.84)"
+
+
+def test_the_way_that_is_surely_fastest_counts(store):
+    lucky = vit(32, 0.9, 1, gather=3.0, width=0.6)
+    store.append(lucky + [{**row, "group": lucky[0]["group"]} for row in vit(32, 0.9, 1, cpu=2.0)[1:]])
+    assert "2.00×" in headline.markdown(store) and "3.00×" not in headline.markdown(store)
 
 
 def test_the_posts_batch_has_a_table_of_its_own(store):
