@@ -79,7 +79,9 @@ def test_break_even_is_the_highest_edge_over_the_fastest_engine():
     goal = found(on_cpu(rows), "break-even sparsity, 197 tokens, blocks of 32")
     # over 12: 0.6 at 0, 1.2 at 0.2; on a logarithmic axis the line between them crosses 1 here
     crossing = 0.2 * math.log(1 / 0.6) / math.log(1.2 / 0.6)
-    assert goal.measured == pytest.approx(crossing) and goal.met and goal.text(goal.measured) == "15%"
+    assert (
+        goal.measured == pytest.approx(crossing) and goal.met and goal.text(goal.measured) == f"{100 * crossing:.3g}%"
+    )
 
 
 def test_never_faster_is_a_break_even_of_all():
@@ -148,3 +150,14 @@ def test_how_many_were_reached():
 
     assert goals.text([goal(2.5), goal(1.5), goal(None)]) == "1 of 2 goals were reached; 1 were not measured."
     assert goals.text([goal(2.0)]) == "1 of 1 goals were reached."
+
+
+def test_goals_of_several_devices_stand_side_by_side():
+    def goal(measured):
+        return [goals.Goal("case", "against", 0.2, measured, lower=True, percent=True)]
+
+    table = goals.by_device({"one": goal(0.204), "other": goal(0.05), "third": goal(None)})
+    assert table.to_dict("records") == [
+        {"case": "case", "against": "against", "target": "at most 20%", "one": "20.4% (no)", "other": "5% (yes)"}
+        | {"third": ""}
+    ]

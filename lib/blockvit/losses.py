@@ -127,8 +127,10 @@ def beside_published(lost: pd.DataFrame) -> pd.DataFrame:
 def uncertainty(lost: pd.DataFrame) -> pd.Series:
     """One standard error of ``lost``, in points; NaN where neither the test images nor seeds tell it.
 
-    Of each of the two accuracies, the larger of what the number of test images leaves open, as if the two models
-    erred independently of one another, and what the seeds differ by. ``lost`` is as of ``points_lost``.
+    Each of the two accuracies has two errors: what the number of test images leaves open, which no further seed makes
+    smaller, for all see the same images; and what seeds differ by, over their number. The two models are taken to err
+    independently of one another, which is too careful by as much as they err on the same images. ``lost`` is as of
+    ``points_lost``.
     """
     return (_variance(lost) + _variance(lost, "dense_")) ** 0.5
 
@@ -136,8 +138,8 @@ def uncertainty(lost: pd.DataFrame) -> pd.Series:
 def _variance(lost: pd.DataFrame, of: str = "") -> pd.Series:
     """Of the mean accuracies ``top1`` or, ``of`` the ``"dense_"`` models, ``dense_top1``; in points squared."""
     top1, images = lost[f"{of}top1"], lost["dataset"].map(TEST_IMAGES).astype(float)
-    one = pd.concat([top1 * (100 - top1) / images, lost[f"{of}seed_variance"]], axis=1).max(axis=1)
-    return one / lost[f"{of}seeds"]
+    errors = [top1 * (100 - top1) / images, lost[f"{of}seed_variance"] / lost[f"{of}seeds"]]
+    return pd.concat(errors, axis=1).sum(axis=1, min_count=1)
 
 
 def missing(
