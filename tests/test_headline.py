@@ -63,6 +63,13 @@ def test_the_sparse_layers_alone_stand_below_the_whole_model_on_the_kernel(store
     assert found["MLP, 80% in blocks of 32"] == "556 ms, compiled, **1.80×** (1.76 to 1.84)"
 
 
+def test_what_the_kernel_gives_without_sparsity_stands_among_the_dense(store):
+    store.append(vit(32, 0.9, 1, cpu=2.0) + vit(32, 0.0, 1, scope="none", where=XEON, **{"cpu+dense": 1.25}))
+    _, _, _, _, ours, mlp = cells(headline.markdown(store))
+    assert ours == ["dense, on our kernel", "", "800 ms, **1.25×** (1.23 to 1.28)", ""]
+    assert mlp[0] == "MLP, 90% in blocks of 32" and mlp[2] == ""
+
+
 def test_the_way_that_is_surely_fastest_counts(store):
     lucky = vit(32, 0.9, 1, gather=3.0, width=0.6)
     store.append(lucky + [{**row, "group": lucky[0]["group"]} for row in vit(32, 0.9, 1, cpu=2.0)[1:]])
