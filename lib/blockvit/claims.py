@@ -470,7 +470,7 @@ def c9(e: Evidence) -> Verdict:
     def both(lost: pd.DataFrame, speeds: pd.DataFrame) -> pd.DataFrame:
         return lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
 
-    def fastest_of_each(points: pd.DataFrame) -> pd.Series | None:
+    def fastest(points: pd.DataFrame) -> pd.Series | None:
         points = points[points["lost"] < 2]
         return None if points.empty else points.loc[points["speedup"].idxmax()]
 
@@ -492,7 +492,7 @@ def c9(e: Evidence) -> Verdict:
             f"(block {point['block_size']:.0f}, {point['sparsity']:.0%}{how})"
         )
 
-    decides, top = fastest_of_each(like), fastest_of_each(best)
+    decides, top = fastest(like), fastest(best)
     ours = "" if top is None else f"best here: {text(top)}"
     if like.empty:
         return Verdict(UNDECIDED, "", ours, brief=ours)
