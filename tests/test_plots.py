@@ -446,12 +446,35 @@ def test_every_public_figure_is_drawn_here():
     assert public <= set(plots.__all__), "drawn as plots.<name> by the notebooks"
 
 
+def test_training_curves_draw_each_seed_and_tell_where_they_are_cut():
+    figure = plots.training_curves(curves())
+    axes = figure.axes[0]
+    assert axes.get_ylim()[0] == 60
+    assert told(figure) == "mean of 2 seeds, each a thin line", "nothing lies below"
+    (mean,) = lines_of(axes, "90% sparse")
+    seeds = [line for line in axes.lines if line.get_color() == mean.get_color() and line is not mean]
+    assert len(seeds) == 2 and all(line.get_linewidth() < mean.get_linewidth() for line in seeds)
+    np.testing.assert_allclose(np.mean([line.get_ydata() for line in seeds], axis=0), mean.get_ydata())
+    steep = curves().assign(value=lambda rows: rows["value"] - 60 * (rows["epoch"] == 1))
+    figure = plots.training_curves(steep)
+    assert told(figure).endswith("; cut below 60%") and figure.axes[0].get_ylim()[0] == 60
+
+
 def test_block_masks():
     figure = plots.block_masks(MASKS, MASKS)
     assert len(figure.axes) == 6 and all(axes.images for axes in figure.axes)
     titles = [axes.get_title() for axes in figure.axes[:3]]
-    assert all(f"{4 + i}×3 blocks" in title and f"layer{i}" in title for i, title in enumerate(titles))
+    assert titles == [f"layer{i}:\n{4 + i} rows × 3 columns of blocks" for i in range(3)]
     assert legend_labels(figure)
+
+
+def test_figures_of_masks_tell_the_model_if_it_is_known():
+    rows = trained((8,), (0.8,)).query("backend == 'supermask' and seed == 0").assign(device="Some CPU")
+    for figure in (plots.block_masks(MASKS, MASKS, rows), plots.kept_blocks(KEPT, rows)):
+        assert figure.get_suptitle().startswith("vit_digits on digits, 80% sparse in blocks of 8×8: ")
+        assert told(figure).startswith("trained on Some CPU, one seed")
+        assert_nothing_is_clipped_or_covered(figure)
+    assert plots.block_masks(MASKS, MASKS).get_suptitle() == "Which blocks training exchanged"
 
 
 def test_saved_twice_a_figure_is_the_same_bytes(tmp_path):
@@ -961,14 +984,27 @@ def test_labels_of_coinciding_points_do_not_overlap():
     figure = plots.pareto(in_a_model(crowd).assign(**ends), 97.0)
     figure.canvas.draw()
     texts = figure.axes[0].texts
-    assert sorted(t.get_text() for t in texts) == ["50%", "50%", "80%", "80%", "95%"]
+    assert sorted(t.get_text() for t in texts) == ["50%", "50%: 1.40× to 2.10×", "80%", "80%", "95%"]
     assert not overlaps(figure, texts)
+
+
+def test_ringed_is_the_highest_low_end_among_those_that_lost_less_than_two_points():
+    speedups = {"speedup": [1.2, 1.6, 1.5, 1.1, 1.4, 1.9], "speedup_low": [1.0, 1.1, 1.3, 1.0, 1.2, 1.8]}
+    points = in_a_model(POINTS).assign(**speedups, speedup_high=2.0, top1=[97, 97, 96.5, 97, 97, 95], low=94, high=98)
+    figure = plots.pareto(points, 98.0)
+    (axes,) = figure.axes
+    (ring,) = lines_of(axes, "highest low end of the speedup, less than 2 points lost")
+    assert ring.get_xdata().tolist() == [1.5] and ring.get_ydata().tolist() == [96.5]
+    labels = sorted(text.get_text() for text in axes.texts)
+    assert labels == ["50%", "50%", "80%", "80%", "90%", "90%: 1.30× to 2.00×"], "every point has its label"
+    assert all(line.get_alpha() in (None, 1) for line in axes.lines), "and none is faint"
+    assert "highest low" not in "".join(legend_labels(plots.pareto(points, 100.0))), "all lost more"
 
 
 def test_accuracy_names_its_data():
     figure = plots.accuracy(trained().assign(dataset="cifar10-jpeg"), literature.losses())
     assert figure.get_suptitle().startswith("vit_digits on CIFAR-10 (JPEG): ")
-    assert "mean of 2 seeds, bars span them" in [text.get_text() for text in figure.texts]
+    assert "mean of 2 seeds, each a dot" in [text.get_text() for text in figure.texts]
 
 
 def test_accuracy_has_a_tick_where_it_has_a_point():
@@ -976,17 +1012,61 @@ def test_accuracy_has_a_tick_where_it_has_a_point():
         assert list(axes.get_xticks()) == [0.5, 0.9, 0.95]
 
 
+def test_accuracies_stand_side_by_side_with_a_dot_a_seed():
+    (axes, _) = plots.accuracy(trained(), literature.losses()).axes
+    means = [lines_of(axes, f"{block}×{block}")[0] for block in (8, 16, 32)]
+    assert len({line.get_xdata()[0] for line in means}) == 3 and means[1].get_xdata()[0] == 0.5
+    dots = [line for line in axes.lines if line.get_marker() == "."]
+    assert sorted(dots[0].get_ydata()) == [88, 89, 92, 93] and means[0].get_ydata().tolist() == [92.5, 88.5]
+    (axes, _) = plots.accuracy(trained().query("seed == 0"), literature.losses()).axes
+    assert not sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "."), "one seed is the mean"
+
+
 def test_variants_are_in_order_of_what_they_lost_below_the_reference():
     table = compared().assign(lost=[5.0, 7.0, 6.0])
     labels = [label.get_text() for label in plots.variants(table.iloc[::-1]).axes[0].get_yticklabels()]
-    assert labels == ["reference", "method=spartan, sparsity raised slowly", "random masks, left as drawn"]
+    assert labels == ["reference: learnt scores", "Spartan (soft top-k), sparsity raised slowly", "masks left random"]
+
+
+NAMES = {
+    "scores_lr=0.01": "scores learn 10× faster",
+    "scores_lr=0.0005": "scores learn 2× slower",
+    "scores_lr=0.1 sparsity_schedule=cubic": "scores learn 100× faster, sparsity raised slowly",
+    "sparse_steps=10 sparse_weight_grad=kept": "kept blocks alone learn, each mask for 10 steps",
+    "method=another": "method=another",
+}
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_variants_have_readable_names(variant):
+    (_, name) = tick_names(plots.variants(compared(("", variant))).axes[0])
+    assert name == NAMES[variant]
+
+
+def test_how_fast_scores_learn_is_told_beside_the_rate_of_the_recipe():
+    table = compared(("", "scores_lr=0.01")).assign(recipe="cifar10 epochs=3 lr=0.002")
+    assert tick_names(plots.variants(table).axes[0])[1] == "scores learn 5× faster"
+    from blockvit.train.recipe import RECIPES
+
+    assert {name: recipe.lr for name, recipe in RECIPES.items()} == plots.losses.LEARNING_RATES
+    assert all(recipe.scores_lr is None for recipe in RECIPES.values())
+
+
+def test_the_reference_stands_out_and_is_in_the_legend():
+    figure = plots.variants(compared())
+    (axes,) = figure.axes
+    (point,) = lines_of(axes, "reference: learnt scores")
+    assert "reference: learnt scores" in legend_labels(figure)
+    others = [line for line in axes.lines if len(line.get_xdata()) == 1 and line is not point]
+    assert len(others) == 2 and all(line.get_color() != point.get_color() for line in others)
+    assert [label.get_fontweight() for label in axes.get_yticklabels()] == ["bold", "normal", "normal"]
 
 
 def test_random_masks_are_a_line_that_the_others_have_to_beat():
     (axes,) = plots.variants(compared().assign(lost=[5.0, 7.0, 6.0])).axes
-    (line,) = lines_of(axes, "random masks, left as drawn")
+    (line,) = lines_of(axes, "masks left random")
     assert list(line.get_xdata()) == [7, 7]
-    assert "random masks, left as drawn" not in legend_labels(plots.variants(compared(VARIANTS[::2])))
+    assert "masks left random" not in legend_labels(plots.variants(compared(VARIANTS[::2])))
 
 
 def fine_tuned() -> pd.DataFrame:
@@ -1002,18 +1082,20 @@ def fine_tuned() -> pd.DataFrame:
 def test_variants_of_a_trained_model_are_named_and_tell_their_dense_model():
     figure = plots.variants(fine_tuned())
     names = tick_names(figure.axes[0])
-    assert names[0] == "reference (dense 68.0%)"
+    assert names[0] == "reference: learnt scores", "only exceptions tell what they are compared with"
     assert "from the trained dense model, 6 epochs (dense 70.1%)" in names
-    long = "from the trained dense model, 6 epochs (dense 70.1%):\nmethod=magnitude, sparsity raised slowly, distilled"
-    assert long in names
-    assert "dense" in legend_labels(figure), "no one number for all"
+    start, how = next(name for name in names if "\n" in name).split("\n")
+    assert start == "from the trained dense model, 6 epochs (dense 70.1%):"
+    assert how == "blocks of largest weights, sparsity raised slowly, taught by the dense model"
+    assert "dense, 68.0% unless stated" in legend_labels(figure)
     assert "dense, 90.0%" in legend_labels(plots.variants(compared()))
     assert_nothing_is_clipped_or_covered(figure)
 
 
 def test_exchanged_blocks_by_variant():
     (axes,) = plots.mask_changes(masks()).axes
-    assert tick_names(axes) == ["reference", "method=spartan, sparsity raised slowly", "random masks, left as drawn"]
+    names = ["reference: learnt scores", "Spartan (soft top-k), sparsity raised slowly", "masks left random"]
+    assert tick_names(axes) == names
     (mean,) = lines_of(axes, "mean of the layers")
     assert list(mean.get_xdata()) == [30.0] and len(lines_of(axes, "a layer")[0].get_xdata()) == len(LAYERS_OF_A_VIT)
 
@@ -1023,18 +1105,22 @@ def test_layers_of_a_kind_are_one_pair_of_boxes():
         [{"layer": f"layer {i} {part}", "mask": kind, "kept": k / 8}
          for i in range(4) for part in ("mlp.0", "mlp.3") for kind in ("before training", "learnt") for k in range(4)]
     )  # fmt: skip
+    kept = pd.concat([kept, kept.assign(layer="heads head")])
     (axes,) = (figure := plots.kept_blocks(kept)).axes
-    assert tick_names(axes) == ["mlp.0", "mlp.3"] and legend_labels(figure) == ["before training", "learnt"]
+    assert tick_names(axes) == ["mlp.0", "mlp.3", "head"] and legend_labels(figure) == ["before training", "learnt"]
 
 
 def test_a_step_is_a_multiple_of_the_dense_one():
     overheads = comparisons.step_overheads(steps())
     figure = plots.step_overhead(overheads)
-    assert figure.axes[0].get_yscale() == "log" and figure.get_supylabel() == "× the dense step"
+    assert figure.axes[0].get_yscale() == "log" and figure.get_supylabel().endswith("(lower is faster)")
     (line,) = lines_of(figure.axes[0], "16×16")
     cell = overheads.query("backend == 'supermask' and block_size == 16").sort_values("tokens")
     np.testing.assert_allclose(line.get_ydata(), 1 + cell["overhead"])
     assert set(lines_of(figure.axes[0], "dense")[0].get_ydata()) == {1.0}
+    places = [lines_of(figure.axes[0], f"{block}×{block}")[0].get_xdata()[0] for block in (16, 32, 64)]
+    assert places[1] == pytest.approx(197)
+    assert places[0] < places[1] < places[2], "side by side: their times are the same"
 
 
 @pytest.mark.parametrize("column", ["sparsity", "recipe"])
@@ -1286,11 +1372,3 @@ def test_bars_of_traffic_add_up_and_tell_their_sum():
     figure = plots.traffic(TRAFFIC, limits.TRAFFIC, "197 tokens, bf16")
     assert told(figure) == "197 tokens, bf16; counted from the shapes, not measured"
     assert axes.texts[2].get_text().startswith(f"{TRAFFIC.loc['one kernel', 'bytes'] / 1e6:,.0f} MB")
-
-
-def test_only_points_that_no_other_passes_are_labelled():
-    points = in_a_model(POINTS).assign(speedup=[1.2, 1.2, 1.5, 1.1, 1.4, 1.6], top1=[97, 96, 95, 96.5, 95.5, 95])
-    (axes,) = plots.pareto(points.assign(low=94.0, high=98.0, speedup_low=1.0, speedup_high=2.0), 98.0).axes
-    assert sorted(text.get_text() for text in axes.texts) == ["50%", "80%", "90%"]
-    faint = [x for line in axes.lines if line.get_alpha() == 0.35 for x in line.get_xdata()]
-    assert sorted(faint) == [1.1, 1.2, 1.5]

@@ -125,13 +125,18 @@ def trained_model(rows: pd.DataFrame) -> str:
     )
 
 
-def trained_on(rows: pd.DataFrame, *, bars: bool = True) -> str:
-    """Where models were trained, over how many seeds their accuracies are, and what the bars are if there are some."""
+def trained_sparse(rows: pd.DataFrame) -> str:
+    """What was trained on which data, how sparse: ``vit_digits on digits, 80% sparse in blocks of 8×8``."""
+    return f"{trained_model(rows)}, {_one(rows, 'sparsity'):.0%} sparse {in_blocks(rows)}"
+
+
+def trained_on(rows: pd.DataFrame, *, spread: str = "bars span them") -> str:
+    """Where models were trained, over how many seeds their accuracies are, and how these are drawn."""
     device = _one(rows, "device")
     cell = [column for column in ("backend", "variant", "block_size", "sparsity") if column in rows]
     counts = rows["seeds"] if "seeds" in rows else rows.groupby(cell, dropna=False)["seed"].nunique()
-    seeds = f"mean of {_span(counts)} seeds" + (", bars span them" if bars else "")
-    return ", ".join(filter(None, [f"trained on {device}" if device else "", seeds if max(counts) > 1 else "one seed"]))
+    seeds = [f"mean of {_span(counts)} seeds", spread] if max(counts) > 1 else ["one seed"]
+    return ", ".join(filter(None, [f"trained on {device}" if device else "", *seeds]))
 
 
 def _span(counts: Iterable[float]) -> str:
