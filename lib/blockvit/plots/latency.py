@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..comparisons import newest
 from ..results import SCOPE_TITLES
@@ -19,10 +18,12 @@ from .style import (
     entitle,
     legend,
     panel_grid,
+    round_axis,
     shared_xlabel,
     sizes_axis,
+    three_digits,
 )
-from .words import engine_title, measured_on, model_setting, scope_title
+from .words import engine_title, measured_on, model_setting, named_backends, scope_title
 
 TAILS = ("latency", "latency_p90")
 """Metrics of a distribution of latencies: its median and its 90th percentile. The 99th of a hundred samples, which the
@@ -44,24 +45,26 @@ def latency_tails(rows: pd.DataFrame) -> Figure:
     table = table.sort_values("latency", ascending=False)
     kinds = rows.drop_duplicates("variant").set_index("variant")
     figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + 0.22 * len(table)))
-    entitle(figure, f"{model_setting(rows)}: how long it takes", measured_on(rows))
+    entitle(figure, f"{model_setting(rows)}: how long it takes", measured_on(rows), named_backends(rows["backend"]))
     for place, (variant, (median, slow)) in enumerate(table[list(TAILS)].iterrows()):
         style = _style(kinds.loc[variant])
         axes.hlines(place, median, slow, color=style["color"], linewidth=1)
         axes.plot(median, place, markersize=5, **style)
         axes.plot(slow, place, marker="|", markersize=7, color=style["color"])
         axes.annotate(
-            f"{median:.3g} / {slow:.3g}", (slow, place), xytext=(6, 0), textcoords="offset points", va="center",
-            fontsize=6.5, color=style["color"],
+            f"{three_digits(median)} / {three_digits(slow)}", (slow, place), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=7,
         )  # fmt: skip
     axes.set_yticks(range(len(table)), table.index, fontsize=7.5)
-    axes.set(xlabel="milliseconds, median (marker) / 90% (tick)", xlim=(0, 1.16 * table["latency_p90"].max()))
+    axes.set(
+        xlabel="milliseconds: median (marker) / 90th percentile (tick)", xlim=(0, 1.16 * table["latency_p90"].max())
+    )
     axes.grid(False, axis="y")
     return figure
 
 
 def threads(rows: pd.DataFrame) -> Figure:
-    """Latency against the number of threads, a panel a scope, dense engines in grey; logarithmic axes.
+    """Latency and its spread against the number of threads, a panel a scope, dense engines in grey; logarithmic axes.
 
     Args:
         rows: latencies (s) of one model, precision, batch size, block size and sparsity; those of a scope and number
@@ -77,7 +80,9 @@ def threads(rows: pd.DataFrame) -> Figure:
     groups = {scope: cell["group"].unique() for scope, cell in rows[rows["backend"] != "dense"].groupby("scope")}
     scopes = sorted(groups, key=lambda scope: (known.index(scope) if scope in known else len(known), scope))
     figure, panels = panel_grid(len(scopes), 2, 2.6, sharey=True)
-    entitle(figure, f"{model_setting(rows)}: time by number of threads", measured_on(rows))
+    entitle(
+        figure, f"{model_setting(rows)}: time by number of threads", measured_on(rows), named_backends(rows["backend"])
+    )
     for axes, scope in zip(panels, scopes, strict=True):
         together = rows[rows["group"].isin(groups[scope]) & rows["scope"].isin(["dense", scope])]
         dense, ours = together[together["backend"] == "dense"], together[together["backend"] != "dense"]
@@ -86,9 +91,7 @@ def threads(rows: pd.DataFrame) -> Figure:
         for backend, line in ours.groupby("backend"):
             _line(axes, line, backend, "-")
         sizes_axis(axes, rows["threads"])
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        round_axis(axes)
         axes.set_title(scope_title(scope))
     shared_xlabel(panels, "threads")
     panels[0].set_ylabel("milliseconds")
@@ -99,6 +102,7 @@ def threads(rows: pd.DataFrame) -> Figure:
 def _line(axes: Axes, rows: pd.DataFrame, label: str, dash: str) -> None:
     style = {"markersize": 4.5, "linewidth": 1.2, "linestyle": dash, **_style(rows.iloc[0])}
     axes.plot(rows["threads"], rows["value"] * 1e3, label=label, **style)
+    axes.fill_between(rows["threads"], rows["low"] * 1e3, rows["high"] * 1e3, color=style["color"], alpha=0.15, lw=0)
 
 
 def _style(row: pd.Series) -> dict[str, object]:

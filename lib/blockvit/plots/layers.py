@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import ListedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from ..comparisons import break_even, dense_throughput
 from ..limits import kept_share
@@ -25,7 +25,6 @@ from .style import (
     DENSE,
     NO_BLOCKS,
     WIDTH,
-    as_ratios,
     block_style,
     draw_band,
     draw_line,
@@ -42,13 +41,17 @@ from .style import (
     speedup_axis,
     spread,
 )
-from .words import backend_title, layer_rank, layer_title, layers_title, measured_on
+from .words import backend_title, layer_rank, layer_title, layers_title, measured_on, named_backends
 
 
 def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
-    """Speedup over dense of one backend: a panel a block size, a row a shape and token count, a column a sparsity."""
+    """Speedup over dense of one backend: a panel a block size, a row a shape and token count, a column a sparsity.
+
+    A cell whose spread is wider than ``WIDE`` is grey: its median may be the luck of a disturbed baseline.
+    """
     rows = require(speedups[speedups["backend"] == backend], f"linear layers through {backend!r}")
     rows = rows.assign(layer=[_layer(*kind) for kind in rows[["model", "tokens"]].itertuples(index=False)])
+    rows = rows.assign(wide=(rows["speedup_high"] / rows["speedup_low"] > WIDE).astype(float))
     kinds = rows[["tokens", "model", "layer"]].drop_duplicates()
     layers = [
         kind[2] for kind in sorted(kinds.itertuples(index=False), key=lambda kind: (kind[0], layer_rank(kind[1])))
@@ -57,21 +60,31 @@ def speedup_heatmaps(speedups: pd.DataFrame, backend: str) -> Figure:
     figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 1.4 + 0.24 * len(layers)), sharey=True, squeeze=False)
     one_of(rows, "precision")
     norm = TwoSlopeNorm(vcenter=0, vmin=min(-0.01, *_log_range(rows)), vmax=max(0.01, *_log_range(rows)))
+    decimals = 1 if rows["speedup"].max() >= 9.995 else 2
     for axes, (block, cells) in zip(panels[0], blocks, strict=True):
-        table = cells.pivot_table(index="layer", columns="sparsity", values="speedup", aggfunc="median")
-        table = table.reindex(layers)
-        table.columns = [f"{s:.0%}" for s in table.columns]
-        labels = table.map(lambda v: "" if np.isnan(v) else f"{v:.2f}" if v < 9.995 else f"{v:.0f}")
+        cells = cells.pivot_table(index="layer", columns="sparsity", values=["speedup", "wide"], aggfunc="median")
+        cells = cells.reindex(layers).rename(columns="{:.0%}".format, level="sparsity")
+        table, wide = cells["speedup"], cells["wide"] > 0
+        labels = table.map(lambda v: "" if np.isnan(v) else f"{v:.{decimals}f}")
         sns.heatmap(
-            np.log2(table), annot=labels, fmt="", cmap="PuOr", norm=norm, cbar=False, ax=axes, linewidths=0.5,
-            annot_kws={"fontsize": 7 if table.shape[1] * len(blocks) <= 16 else 5.5},
+            np.log2(table), annot=labels.mask(wide, "~" + labels), fmt="", cmap="PuOr", norm=norm, cbar=False, ax=axes,
+            linewidths=0.5, annot_kws={"fontsize": 7 if table.shape[1] * len(blocks) <= 16 else 5.5},
         )  # fmt: skip
+        grey = np.ma.masked_equal(wide.to_numpy(int), 0)
+        axes.pcolormesh(grey, cmap=ListedColormap(["0.85"]), edgecolors="white", linewidth=0.5)
+        plt.setp([text for text in axes.texts if text.get_text().startswith("~")], color="0.15")
         axes.set(title=f"blocks of {block}×{block}" if block else NO_BLOCKS, xlabel="sparsity", ylabel="")
         axes.tick_params(axis="x", rotation=90)
-        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="y", rotation=0, left=False)
     title = f"Linear layers: speedup of {backend_title(backend)} over {baseline(rows)}"
-    entitle(figure, title, measured_on(rows), "layers as outputs×inputs; purple is faster than dense, orange slower")
+    spread_told = f"~: spread above {WIDE:g}×" if rows["wide"].any() else ""
+    told = "layers as outputs×inputs; purple is faster than dense, orange slower"
+    entitle(figure, title, measured_on(rows), told, spread_told)
     return figure
+
+
+WIDE = 2.0
+"""Above this ratio of the ends of its spread a speedup is no measurement to compare with another."""
 
 
 def _layer(shape: str, tokens: float) -> str:
@@ -89,7 +102,9 @@ def linear_speedup(
     limits: pd.DataFrame | None = None,
     headline: float | None = None,
 ) -> Figure:
-    """Speedup against sparsity of single layers, a row a backend, a panel a shape, a line a block size, on one scale.
+    """Speedup against sparsity of single layers, a row a backend, a panel a shape, a line a block size.
+
+    A row has one scale, which fits its backend: one that is far slower than the others would flatten theirs.
 
     The ticks at 1× are the break-evens of the lines as drawn, straight on the logarithmic axis (``break_even(...,
     log=True)``). Backends without blocks (2:4) have no row: their point stands in every panel of its shape.
@@ -109,12 +124,13 @@ def linear_speedup(
     figure, panels = plt.subplots(
         len(present),
         len(shapes),
-        figsize=(WIDTH, max(3.0, 1.0 + 1.3 * len(present))),
+        figsize=(WIDTH, max(3.0, 1.0 + 1.5 * len(present))),
         sharex=True,
-        sharey=True,
+        sharey="row",
         squeeze=False,
     )
-    entitle(figure, _speedup_title(rows, present), measured_on(rows))
+    scales = "scales differ by row" if len(present) > 1 else ""
+    entitle(figure, _speedup_title(rows, present), measured_on(rows), scales, named_backends(present))
     sparsities = sorted(rows.loc[rows["block_size"].notna() | (not blocked), "sparsity"].unique())
     for row, backend in enumerate(present):
         for axes, shape in zip(panels[row], shapes, strict=True):
@@ -133,7 +149,7 @@ def linear_speedup(
             points_without_blocks(axes, of_shape)
             reference_line(axes)
             if limits is not None:
-                bound = _limits(of_shape, limits)
+                bound = _limits(of_shape, limits, fine=True)
                 limit_line(axes, bound.index, bound, _limit_name(limits))
             if headline:
                 label = "published headline, large matmuls"
@@ -185,7 +201,8 @@ def contenders(
     ticks = _contenders_ticks(rows, by, values)
     offsets = spread(block_sizes(rows), 0.5)
     figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + 0.155 * len(ticks)))
-    entitle(figure, f"{layers_title(rows)}: which backend is fastest, blocks {sparsity:.0%} sparse", measured_on(rows))
+    title = f"{layers_title(rows)}: which backend is fastest, blocks {sparsity:.0%} sparse"
+    entitle(figure, title, measured_on(rows), named_backends(rows["backend"]))
     for (value, backend), y in ticks.items():
         cell = rows[(rows[by] == value) & (rows["backend"] == backend)]
         for block, of_block in by_block(cell):
@@ -196,9 +213,7 @@ def contenders(
             bound = _limits(rows[(rows[by] == value) & rows["block_size"].notna()], limits).median()
             limit_line(axes, [bound, bound], [min(places), max(places) + 0.5], _limit_name(limits))
     axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(as_ratios))
-    axes.xaxis.set_minor_locator(NullLocator())
+    speedup_axis(axes, "x")
     axes.set(ylim=(max(ticks.values()) + 0.6, -0.7), xlabel=f"speedup over {baseline(rows)}")
     axes.grid(False, axis="y")
     _name_contenders(axes, ticks, rows)
@@ -259,7 +274,8 @@ def large_matmuls(
         len(values), len(sparsities), figsize=(WIDTH, 1.3 + 1.2 * len(values)), sharex=True, sharey=True, squeeze=False
     )
     whose = f": speedup of {backend_title(values[0])}" if by == "backend" and len(values) == 1 else ": speedup"
-    entitle(figure, f"Large square products{whose} by their size", measured_on(blocked))
+    title = f"Large square products{whose} by their size"
+    entitle(figure, title, measured_on(blocked), named_backends(blocked["backend"]))
     for line_of_panels, value in zip(panels, values, strict=True):
         for axes, sparsity in zip(line_of_panels, sparsities, strict=True):
             cell = blocked[(blocked[by] == value) & (blocked["sparsity"] == sparsity)]
@@ -307,7 +323,8 @@ def linear_throughput(rows: pd.DataFrame, peak: float, limits: pd.DataFrame | No
     backends = require(rows[rows["block_size"].notna()], "block-sparse linear layers")["backend"].unique()
     dense = rows.loc[rows["backend"] == "dense", "share"].median()
     figure, panels = panel_grid(len(backends), 3, 1.9, sharex=True, sharey=True)
-    entitle(figure, f"{layers_title(rows)}: arithmetic on kept blocks, by sparsity", measured_on(rows))
+    title = f"{layers_title(rows)}: arithmetic on kept blocks, by sparsity"
+    entitle(figure, title, measured_on(rows), named_backends(backends))
     for axes, backend in zip(panels, sorted(backends), strict=True):
         cell = rows[rows["backend"] == backend]
         for block in block_sizes(cell):
@@ -344,10 +361,17 @@ def _limit_name(limits: pd.DataFrame) -> str:
     return "limit of arithmetic and bytes" if (limits["bound_by"] == "bytes").any() else "limit of arithmetic"
 
 
-def _limits(speedups: pd.DataFrame, limits: pd.DataFrame) -> pd.Series:
-    """By sparsity, the speedup that the least time of any block size would be over the median dense time."""
+def _limits(speedups: pd.DataFrame, limits: pd.DataFrame, fine: bool = False) -> pd.Series:
+    """By sparsity, the speedup that the least time of any block size would be over the median dense time.
+
+    ``fine``: at sparsities between those of the rows, too. The least time falls in proportion to what is kept.
+    """
     least = limits["seconds"].reindex(speedups.index)[speedups["block_size"].notna()]
-    return (speedups["dense_value"].median() / least.groupby(speedups["sparsity"]).min()).dropna()
+    least = least.groupby(speedups["sparsity"]).min().dropna()
+    if fine and len(least):
+        at = np.union1d(least.index, np.linspace(least.index.min(), least.index.max(), 100))
+        least = pd.Series(np.interp(at, least.index, least), at)
+    return speedups["dense_value"].median() / least
 
 
 def _precision_rank(precision: str) -> tuple[int, str]:

@@ -22,12 +22,15 @@ from .style import (
     place_labels,
     published_point,
     reference_line,
+    spread,
 )
-from .words import measured_on, model_setting, trained_model, trained_on
+from .words import measured_on, model_setting, trained_model, trained_on, trained_sparse
 
 
 def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
-    """Accuracy, and points lost against dense, by sparsity and block size; error bars span the seeds.
+    """Accuracy, and points lost against dense, by sparsity and block size; a dot a seed, where there are several.
+
+    Block sizes stand side by side, for most of their points would cover one another.
 
     Args:
         top1: rows with the final test accuracy in percent.
@@ -36,13 +39,20 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
     rows = require(top1, "accuracies")
     dense = rows.loc[rows["backend"] == "dense", "value"].mean()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
-    entitle(figure, f"{trained_model(rows)}: accuracy by sparsity and block size", trained_on(rows))
-    for block in block_sizes(rows):
-        by_sparsity = rows[rows["block_size"] == block].groupby("sparsity")["value"].agg(["mean", "min", "max"])
-        for axes, values in ((left, by_sparsity), (right, dense - by_sparsity)):
-            spread = [abs(values["mean"] - values["min"]), abs(values["max"] - values["mean"])]
-            draw_line(axes, values.index, values["mean"], block)
-            axes.errorbar(values.index, values["mean"], spread, fmt="none", color=COLOURS[block], capsize=2, lw=1)
+    entitle(
+        figure, f"{trained_model(rows)}: accuracy by sparsity and block size", trained_on(rows, spread="each a dot")
+    )
+    blocks = block_sizes(rows)
+    sideways = spread(blocks, -0.006 * (len(blocks) - 1))
+    for block in blocks:
+        cell = rows[rows["block_size"] == block]
+        for axes, values in ((left, cell["value"]), (right, dense - cell["value"])):
+            of_cell = values.groupby(cell["sparsity"])
+            draw_line(axes, of_cell.mean().index + sideways[block], of_cell.mean(), block)
+            several = of_cell.transform("size") > 1
+            at = cell.loc[several, "sparsity"] + sideways[block]
+            axes.plot(at, values[several], ".", markersize=5, markeredgewidth=0, color=COLOURS[block], alpha=0.7)
+            axes.vlines(of_cell.min().index + sideways[block], of_cell.min(), of_cell.max(), COLOURS[block], lw=0.7)
     reference_line(left, dense, f"dense {dense:.1f}%")
     reference_line(right, 0)
     for point in published_loss.itertuples():
@@ -59,76 +69,93 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
 def variants(cells: pd.DataFrame) -> Figure:
     """Points lost by each way to train a model of one block size and sparsity; bars span the seeds.
 
+    The reference method is drawn above, in a colour of its own. It and masks left random are lines, too: what other
+    ways to train, and what learning masks, have to beat.
+
     Args:
-        cells: rows of ``losses.points_lost``, all of one block size and sparsity; the reference method is drawn above,
-            random masks left as drawn as a dotted line too: what learning masks has to beat.
+        cells: rows of ``losses.points_lost``, all of one block size and sparsity.
     """
     rows = require(cells, "trainings of this block size and sparsity")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
     rows = rows.sort_values(["variant", "lost"], key=lambda c: c if c.name == "lost" else c != "")
-    names, block = _variant_labels(rows), rows["block_size"].iloc[0]
+    dense = rows["dense_top1"].mode()[0]
+    names, block = _variant_labels(rows, dense), rows["block_size"].iloc[0]
     figure, axes = plt.subplots(
         figsize=(WIDTH, 1.7 + (0.32 if any("\n" in name for name in names) else 0.25) * len(rows))
     )
-    at = f"{rows['sparsity'].iloc[0]:.0%} sparse in blocks of {block:.0f}"
-    entitle(figure, f"{trained_model(rows)}, {at}: what each way to train loses", trained_on(rows))
-    spread = [rows["high"] - rows["top1"], rows["top1"] - rows["low"]]
-    style = {"fmt": "none", "color": DENSE, "capsize": 2, "lw": 1}
-    axes.errorbar(rows["lost"], range(len(rows)), xerr=spread, **style)
+    entitle(figure, f"{trained_sparse(rows)}: what each way to train loses", trained_on(rows))
+    seeds = [rows["high"] - rows["top1"], rows["top1"] - rows["low"]]
+    axes.errorbar(rows["lost"], range(len(rows)), xerr=seeds, fmt="none", color=DENSE, capsize=2, lw=1)
     for i, (lost, variant) in enumerate(zip(rows["lost"], rows["variant"], strict=True)):
-        draw_line(axes, [lost], [i], block, label=None, alpha=1 if variant else 0.5)
-    dense = rows["dense_top1"].unique()
-    axes.axvline(0, color=DENSE, linewidth=1, zorder=1, label=f"dense, {dense[0]:.1f}%" if len(dense) == 1 else "dense")
-    for lost in rows.loc[rows["variant"] == FROZEN, "lost"]:
-        axes.axvline(lost, color=DENSE, linestyle=":", linewidth=0.9, zorder=1, label=_PARTS[FROZEN])
-    axes.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), xlabel="points lost against dense")
+        style = {"label": None} if variant else {"label": _REFERENCE, "color": ACCENT, "marker": "o", "markersize": 7}
+        draw_line(axes, [lost], [i], block, linestyle="none", **style)
+    exceptions = " unless stated" if rows["dense_top1"].nunique() > 1 else ""
+    axes.axvline(0, color=DENSE, linewidth=1, zorder=1, label=f"dense, {dense:.1f}%{exceptions}")
+    for variant, colour in (("", ACCENT), (FROZEN, DENSE)):
+        for lost in rows.loc[rows["variant"] == variant, "lost"]:
+            label = _PARTS[FROZEN] if variant else None
+            axes.axvline(lost, color=colour, linestyle=":", linewidth=0.9, zorder=1, label=label)
+    axes.set(
+        yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), xlabel="points lost against dense (fewer is better)"
+    )
     axes.set_yticklabels(names, fontsize=7.5)
+    for label, variant in zip(axes.get_yticklabels(), rows["variant"], strict=True):
+        label.set_fontweight("normal" if variant else "bold")
     legend(figure)
     return figure
 
 
+_REFERENCE = "reference: learnt scores"
 _PARTS = {
-    FROZEN: "random masks, left as drawn",
+    FROZEN: "masks left random",
+    "method=dense_gradient": "dropped blocks learn, too",
+    "method=magnitude": "blocks of largest weights",
+    "method=spartan": "Spartan (soft top-k)",
+    "scores=constant": "scores start equal",
+    "scores=magnitude": "scores start as the weights' size",
+    "sparse_weight_grad=kept": "kept blocks alone learn",
     "sparsity_schedule=cubic": "sparsity raised slowly",
-    "sparse_weight_grad=kept": "sparse products",
 }
-"""What of a variant would not be understood as the recipe's fields have it."""
+"""How figures call what a variant does unlike the reference; what is not here bears the name of the recipe's field."""
 
-_PATTERNS = {"sparse_steps": "mask for {} steps", "distillation_alpha": "distilled"}
+_PATTERNS = {"sparse_steps": "each mask for {} steps", "distillation_alpha": "taught by the dense model"}
 """Likewise, for fields that have many values."""
 
+LEARNING_RATES = {"digits": 1e-3, "cifar10": 1e-3, "imagenet": 3e-3}
+"""Of the recipes, for weights and scores alike: they need torch, figures do not."""
 
-def _variant_labels(rows: pd.DataFrame) -> list[str]:
-    """Names of variants, with the dense accuracy where rows are compared with different ones; in two lines if long."""
-    several = rows["dense_top1"].nunique() > 1
-    told = [f" (dense {dense:.1f}%)" if several else "" for dense in rows["dense_top1"]]
+
+def _variant_labels(rows: pd.DataFrame, usual: float) -> list[str]:
+    """Names of variants, with the dense accuracy of those that are compared with another; in two lines if long."""
+    told = ["" if dense == usual else f" (dense {dense:.1f}%)" for dense in rows["dense_top1"]]
     labels = []
-    for variant, dense in zip(rows["variant"], told, strict=True):
-        start, rest = _variant_parts(variant)
+    for variant, recipe, dense in zip(rows["variant"], rows["recipe"], told, strict=True):
+        start, rest = _variant_parts(variant, recipe)
         head, tail = f"{start}{dense}" if start else "", f"{rest}" if start else f"{rest}{dense}"
         labels.append(f"{head}:\n{tail}" if head and tail else head or tail)
     return labels
 
 
-def _variant_name(variant: str) -> str:
-    return ":\n".join(filter(None, _variant_parts(variant)))
-
-
-def _variant_parts(variant: str) -> tuple[str, str]:
+def _variant_parts(variant: str, recipe: str) -> tuple[str, str]:
     """Where a variant starts from and for how long it trains, if unlike the recipe's; and what else it does."""
     fields = dict(pair.split("=", 1) for pair in variant.split())
     start = {"dense": "from the trained dense model"}.get(fields.pop("start", ""), "")
     epochs = fields.pop("epochs", "")
     begins = ", ".join(filter(None, [start, f"{epochs} epochs" if epochs else ""]))
     if not fields:
-        return begins, "" if begins else "reference"
+        return begins, "" if begins else _REFERENCE
     order = sorted(
         fields, key=lambda name: (name == "distillation_alpha", name != "method", name != "sparse_weight_grad")
     )
-    return begins, ", ".join(_part(name, fields[name]) for name in order)
+    return begins, ", ".join(_part(name, fields[name], recipe) for name in order)
 
 
-def _part(name: str, value: str) -> str:
+def _part(name: str, value: str, recipe: str) -> str:
+    dataset, *changes = recipe.split()
+    usual = dict(pair.split("=", 1) for pair in changes).get("lr", LEARNING_RATES.get(dataset))
+    if name == "scores_lr" and usual:
+        times = float(value) / float(usual)
+        return f"scores learn {times:g}× faster" if times >= 1 else f"scores learn {1 / times:g}× slower"
     pair = f"{name}={value}"
     return _PATTERNS[name].format(value) if name in _PATTERNS else _PARTS.get(pair, pair)
 
@@ -142,19 +169,18 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     """
     rows = require(masks[masks["metric"] == "exchanged"], "masks")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
-    variants = sorted(rows["variant"].unique())
+    variants, recipe = sorted(rows["variant"].unique()), rows["recipe"].iloc[0]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.26 * len(variants)))
-    sparsity, block = rows["sparsity"].iloc[0], rows["block_size"].iloc[0]
-    at = f"{sparsity:.0%} sparse in blocks of {block:.0f}"
-    entitle(figure, f"{trained_model(rows)}, {at}: blocks that training exchanged", trained_on(rows, bars=False))
+    entitle(figure, f"{trained_sparse(rows)}: blocks that training exchanged", trained_on(rows, spread=""))
     for i, variant in enumerate(variants):
         exchanged = rows[rows["variant"] == variant].groupby("scope", sort=False)["value"].mean()
         axes.plot(exchanged, [i] * len(exchanged), "|", color="0.5", ms=7, label=None if i else "a layer")
         axes.plot([exchanged.mean()], [i], "o", color=ACCENT, ms=5, label=None if i else "mean of the layers")
-    axes.axvline(100 * sparsity, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
+    axes.axvline(100 * rows["sparsity"].iloc[0], color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
-    axes.set_yticklabels([_variant_name(variant) for variant in variants], fontsize=7.5)
-    axes.set_xlabel("kept blocks that training chose")
+    names = [":\n".join(filter(None, _variant_parts(variant, recipe))) for variant in variants]
+    axes.set_yticklabels(names, fontsize=7.5)
+    axes.set_xlabel("share of the kept blocks that the first mask had dropped")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     legend(figure)
     return figure
@@ -163,8 +189,9 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
 def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     """Accuracy against measured speed of one model; whiskers span the seeds, and the timings.
 
-    Points that no other one passes in both bear their sparsity, in their own colour and where it covers no other; the
-    others are faint.
+    Ringed is, of the models that lost less than ``_CHEAP`` points, the one with the highest low end of its speedup's
+    spread, for the highest median is the luckiest one. No line joins the medians at the front: which of them stand
+    there, the whiskers leave open.
 
     Args:
         points: ``block_size``, ``sparsity``, ``speedup`` with ``speedup_low`` and ``speedup_high`` over whichever dense
@@ -172,41 +199,37 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
         dense_top1: the dense model's accuracy, in percent.
     """
     rows = require(points, "models with both accuracy and speed")
-    best = _undominated(rows)
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.8, 3.8))
-    entitle(
-        figure,
-        f"{model_setting(rows)}: accuracy against measured speed",
-        measured_on(rows),
-        "whiskers span seeds and timings",
-    )
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.2))
+    title = f"{model_setting(rows)}: accuracy against measured speed"
+    entitle(figure, title, measured_on(rows), "whiskers span seeds and timings; labels are sparsities")
     for block in block_sizes(rows):
-        for of_cell, style in ((best, {"alpha": 1.0}), (~best, {"alpha": 0.35, "label": None})):
-            cell = rows[(rows["block_size"] == block) & of_cell]
-            draw_line(axes, cell["speedup"], cell["top1"], block, linewidth=0, **style)
-            timings = [cell["speedup"] - cell["speedup_low"], cell["speedup_high"] - cell["speedup"]]
-            seeds = [cell["top1"] - cell["low"], cell["high"] - cell["top1"]]
-            whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.7, "alpha": 0.4 * style["alpha"]}
-            axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
+        cell = rows[rows["block_size"] == block]
+        timings = [cell["speedup"] - cell["speedup_low"], cell["speedup_high"] - cell["speedup"]]
+        seeds = [cell["top1"] - cell["low"], cell["high"] - cell["top1"]]
+        whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.8, "alpha": 0.5, "zorder": 1.5}
+        axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
+        draw_line(axes, cell["speedup"], cell["top1"], block, linestyle="none", markersize=5.5)
+    cheap = rows[dense_top1 - rows["top1"] < _CHEAP]
+    best = cheap.nlargest(1, "speedup_low")
+    if len(best):
+        ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "0.15", "linestyle": "none"}
+        label = f"highest low end of the speedup, less than {_CHEAP:g} points lost"
+        axes.plot(best["speedup"], best["top1"], label=label, **ring)
     axes.plot([1], [dense_top1], marker="*", markersize=11, color=DENSE, linestyle="none", label="dense")
-    axes.axhline(dense_top1 - 2, color=DENSE, linestyle=":", linewidth=1, label="2 points lost")
-    axes.margins(0.08)
+    axes.axhline(dense_top1 - _CHEAP, color=DENSE, linestyle=":", linewidth=1, label=f"{_CHEAP:g} points lost")
+    axes.margins(0.05)
     axes.xaxis.set_major_formatter(FuncFormatter(as_times))
     axes.set(xlabel=f"speedup over {baseline(rows)}, measured", ylabel="test accuracy (%)")
     legend(figure)
-    place_labels(
-        axes,
-        [
-            (p.speedup, p.top1, f"{p.sparsity:.0%}", COLOURS[int(p.block_size)])
-            for p in rows[best].sort_values(["top1", "speedup"], ascending=False).itertuples()
-        ],
-        obstacles=[(1, dense_top1), *rows.loc[~best, ["speedup", "top1"]].itertuples(index=False, name=None)],
-    )
+    labels = [
+        (p.speedup, p.top1, f"{p.sparsity:.0%}: {p.speedup_low:.2f}× to {p.speedup_high:.2f}×", "0.15")
+        for p in best.itertuples()
+    ]  # first, for the first has the best place
+    others = rows.drop(best.index).itertuples()
+    labels += [(p.speedup, p.top1, f"{p.sparsity:.0%}", COLOURS[int(p.block_size)]) for p in others]
+    place_labels(axes, labels, obstacles=[(1, dense_top1)])
     return figure
 
 
-def _undominated(points: pd.DataFrame) -> pd.Series:
-    """Of points with blocks, those that no other one equals or passes in both speed and accuracy."""
-    order = points.dropna(subset="block_size").sort_values(["speedup", "top1"], ascending=False)
-    passed = order["top1"] <= order["top1"].cummax().shift(fill_value=-float("inf"))
-    return (~passed).reindex(points.index, fill_value=False)
+_CHEAP = 2.0
+"""Points of the published headline: a speedup with less than these lost."""

@@ -10,7 +10,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from .rows import by_block, one_of, require
 from .style import (
@@ -22,11 +21,12 @@ from .style import (
     legend,
     limit_line,
     panel_grid,
+    round_axis,
     shared_xlabel,
     shared_ylabel,
     spread,
 )
-from .words import backend_title, engine_title, measured_on
+from .words import backend_title, engine_title, measured_on, named_backends
 
 
 def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: float | None = None) -> Figure:
@@ -48,7 +48,8 @@ def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: f
     backends = sorted(set(rows["backend"]) - {"dense"})
     figure, panels = panel_grid(len(backends), 3, 2.6, sharex=True, sharey=True)
     whose = f" of {backend_title(backends[0])}" if len(backends) == 1 else ""
-    entitle(figure, f"Linear layers: arithmetic{whose} against what the device can do", measured_on(rows), _DENSE_RANGE)
+    title = f"Linear layers: arithmetic{whose} against what the device can do"
+    entitle(figure, title, measured_on(rows), _DENSE_RANGE, named_backends(backends))
     x = np.geomspace(rows["intensity"].min() / 1.5, rows["intensity"].max() * 1.5, 200)
     roof = np.minimum(peak, x * (bandwidth or np.inf)) / 1e9
     for axes, backend in zip(panels, backends, strict=True):
@@ -56,10 +57,8 @@ def roofline(rows: pd.DataFrame, limits: pd.DataFrame, peak: float, bandwidth: f
         _dense_engines(axes, rows[rows["backend"] == "dense"])
         for block, cell in by_block(rows[rows["backend"] == backend]):
             draw_line(axes, cell["intensity"], cell["speed"], block, linestyle="none", markersize=4, alpha=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        round_axis(axes, "x")
+        round_axis(axes, "y")
         if len(backends) > 1:
             axes.set_title(backend)
     shared_xlabel(panels, "FLOP a byte moved")
@@ -87,16 +86,17 @@ def _dense_engines(axes: Axes, rows: pd.DataFrame) -> None:
 _WAYS = {"layer by layer": "sparse, layer by layer", "one kernel": "sparse, one kernel"}
 
 
-def traffic(ways: pd.DataFrame, parts: Sequence[str]) -> Figure:
+def traffic(ways: pd.DataFrame, parts: Sequence[str], setting: str = "") -> Figure:
     """Bytes that an MLP moves, a bar a way to run it, cut into what is moved; behind each its operations a byte.
 
     Args:
         ways: ``limits.mlp_traffic``.
         parts: the columns to stack, ``limits.TRAFFIC``.
+        setting: tokens, precision, sparsity and block size that were counted with, for the subtitle.
     """
     require(ways, "ways to run an MLP")
     figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.42 * len(ways)))
-    entitle(figure, "What an MLP has to move, dense and sparse", "counted from the shapes, not measured")
+    entitle(figure, "What an MLP has to move, dense and sparse", setting, "counted from the shapes, not measured")
     places = np.arange(len(ways))[::-1]
     start = np.zeros(len(ways))
     for part, colour in zip(parts, sns.color_palette("colorblind", len(parts)), strict=True):

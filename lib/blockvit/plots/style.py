@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, Locator, NullLocator, PercentFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
 from .rows import without_blocks
@@ -89,18 +89,22 @@ def entitle(figure: Figure, title: str, *told: str) -> None:
     Args:
         figure: whose.
         title: what is shown, in words; broken into lines that fit.
-        told: where and how it was measured; what is empty is left out.
+        told: where and how it was measured; what is empty is left out, and what is long broken likewise.
     """
-    title = textwrap.fill(title, int(figure.get_figwidth() * 72 / (0.53 * _TITLE)))
+
+    def fit(text: str, size: float) -> str:
+        return textwrap.fill(text, int(figure.get_figwidth() * 72 / (0.53 * size)))
+
+    title = fit(title, _TITLE)
     figure.suptitle(title, x=0.008, ha="left", fontsize=_TITLE, linespacing=1.1)
-    text = "; ".join(filter(None, told))
-    if not text:
+    if not (text := fit("; ".join(filter(None, told)), _TOLD)):
         return
     below = 3 + 1.15 * _TITLE * (1 + title.count("\n"))  # points
     place = figure.transFigure + ScaledTranslation(0, -below / 72, figure.dpi_scale_trans)
-    figure.text(0.008, 1, text, transform=place, va="top", fontsize=_TOLD, color="0.45")
+    figure.text(0.008, 1, text, transform=place, va="top", fontsize=_TOLD, color="0.45", linespacing=1.1)
     if engine := figure.get_layout_engine():
-        engine.set(rect=(0, 0, 1, 1 - 1.4 * _TOLD / 72 / figure.get_figheight()))
+        lines = 0.25 + 1.15 * (1 + text.count("\n"))
+        engine.set(rect=(0, 0, 1, 1 - lines * _TOLD / 72 / figure.get_figheight()))
 
 
 def engines_of(rows: pd.DataFrame) -> list[str]:
@@ -221,11 +225,55 @@ def as_ratios(value: float, _: object = None) -> str:
     return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
 
 
-def speedup_axis(axes: Axes) -> None:
-    """Speedups on a logarithmic y axis."""
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(as_ratios))
-    axes.yaxis.set_minor_locator(NullLocator())
+class _Ratios(Locator):
+    """1, which the others are read against, and powers of two, evenly spaced; if these are too few, finer ratios."""
+
+    def __call__(self) -> list[float]:
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        low, high = math.ceil(math.log2(vmin)), math.floor(math.log2(vmax))
+        step = max(1, math.ceil((high - low) / max(2, self.axis.get_tick_space())))
+        ticks = [2.0**power for power in range(low, high + 1) if power % step == 0]
+        for finer in (0.5, 0.2, 0.1, 0.05):
+            if len(ticks) >= 3:
+                break
+            ratios = 1 + finer * np.arange(1 / finer + 1)
+            ticks = [r for r in sorted({*ratios, *(1 / ratios)}) if vmin <= r <= vmax]
+        return ticks
+
+
+class _Rounds(Locator):
+    """Round numbers, as few to a decade as give three in sight."""
+
+    def __call__(self) -> list[float]:
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        decades = range(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
+        for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5)):
+            ticks = [step * 10.0**decade for decade in decades for step in steps]
+            if len(ticks := [tick for tick in ticks if vmin <= tick <= vmax]) >= 3:
+                break
+        return ticks
+
+
+def speedup_axis(axes: Axes, which: str = "y") -> None:
+    """Speedups on a logarithmic axis."""
+    _log_axis(axes, which, _Ratios(), as_ratios)
+
+
+def round_axis(axes: Axes, which: str = "y") -> None:
+    """Times or rates on a logarithmic axis."""
+    _log_axis(axes, which, _Rounds(), lambda value, _: f"{value:g}")
+
+
+def _log_axis(axes: Axes, which: str, locator: Locator, formatter: Callable[[float, object], str]) -> None:
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(formatter))
+    axis.set_minor_locator(NullLocator())
 
 
 def sizes_axis(axes: Axes, sizes: Iterable[float]) -> None:
@@ -234,6 +282,11 @@ def sizes_axis(axes: Axes, sizes: Iterable[float]) -> None:
     axes.set_xticks(sorted(set(sizes)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def three_digits(value: float) -> str:
+    """A measured number, with its zeros: they were measured, too."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def spread(items: Sequence[object], width: float) -> dict[object, float]:
@@ -262,7 +315,7 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
     """As many columns as fit into ``width`` inches, balanced: entries fill one column after the other."""
     for lines in range(1, len(labels) + 1):
         columns = [labels[i : i + lines] for i in range(0, len(labels), lines)]
-        if sum(0.6 + 0.065 * max(map(len, column)) for column in columns) <= width:  # handle and gap, then letters
+        if sum(0.6 + 0.065 * max(map(len, column)) for column in columns) <= width - 0.3:  # handle, gap; letters
             return len(columns)
     return 1
 
@@ -271,7 +324,7 @@ def place_labels(
     axes: Axes, labels: Sequence[tuple[float, float, str, object]], obstacles: Sequence[tuple[float, float]]
 ) -> None:
     """Write each ``(x, y, text, colour)`` beside its point, at the place that overlaps least with points and labels."""
-    figure, size = axes.figure, 6.0
+    figure, size = axes.figure, 6.5
     figure.draw_without_rendering()  # the layout decides where a point lies
     scale = figure.dpi / 72
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -28,44 +30,70 @@ from .style import (
     shared_ylabel,
     sizes_axis,
     speedup_axis,
+    spread,
 )
-from .words import layer_title, measured_on, model_title, trained_model, trained_on
+from .words import (
+    layer_title,
+    measured_on,
+    model_title,
+    named_backends,
+    trained_model,
+    trained_on,
+    trained_sparse,
+)
 
 
 def training_curves(curves: pd.DataFrame) -> Figure:
-    """Test accuracy by epoch, a panel a block size, a line a sparsity, the dense model in each; mean over seeds."""
+    """Test accuracy by epoch, a panel a block size, a line a sparsity, the dense model in each; mean over seeds.
+
+    Each seed is a thin line. The first epochs, far below the others, are cut off, which is said.
+    """
     rows = require(curves[curves["metric"] == "top1"], "training curves")
     blocks = block_sizes(require(rows[rows["block_size"].notna()], "training curves of masked models"))
     figure, panels = plt.subplots(1, len(blocks), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
-    entitle(figure, f"{trained_model(rows)}: test accuracy while training", trained_on(rows, bars=False))
+    settled = rows.loc[rows["epoch"] >= min(3, rows["epoch"].max()), "value"].mean()
+    floor = max(0, 10 * math.floor((settled - 25) / 10))
+    low, high = rows["value"].min(), rows["value"].max()
+    cut = f"cut below {floor}%" if low < floor else ""
+    entitle(
+        figure, f"{trained_model(rows)}: test accuracy while training", trained_on(rows, spread="each a thin line"), cut
+    )
     sparsities = sorted(rows["sparsity"].dropna().unique())
     shades = dict(zip(sparsities, sns.color_palette("viridis_r", len(sparsities)), strict=True))
     dashes = dict(zip(sparsities, itertools.cycle(("-", "--", "-.", ":")), strict=False))
     for axes, block in zip(panels[0], blocks, strict=True):
-        dense = rows[rows["backend"] == "dense"].groupby("epoch")["value"].mean()
-        axes.plot(dense.index, dense, color=DENSE, linewidth=1.5, label="dense")
+        _curves(axes, rows[rows["backend"] == "dense"], "dense", color=DENSE, linewidth=1.5)
         for sparsity in sparsities:
-            line = rows[(rows["block_size"] == block) & (rows["sparsity"] == sparsity)].groupby("epoch")["value"].mean()
-            axes.plot(
-                line.index,
-                line,
-                color=shades[sparsity],
-                linestyle=dashes[sparsity],
-                linewidth=1.2,
-                label=f"{sparsity:.0%} sparse",
-            )
+            of_cell = rows[(rows["block_size"] == block) & (rows["sparsity"] == sparsity)]
+            style = {"color": shades[sparsity], "linestyle": dashes[sparsity], "linewidth": 1.2}
+            _curves(axes, of_cell, f"{sparsity:.0%} sparse", **style)
         axes.set(title=f"blocks of {block}×{block}", xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    low = rows.groupby("epoch")["value"].mean()
-    panels[0, 0].set(ylabel="test accuracy (%)", ylim=(max(0, low.iloc[min(2, len(low) - 1)] - 25), 101))
-    panels[0, -1].legend(loc="lower right", fontsize=7)
+    panels[0, 0].set(ylabel="test accuracy (%)", ylim=(floor, min(101, high + 0.1 * (high - floor))))
+    legend(figure)
     return figure
 
 
-def block_masks(initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarray]) -> Figure:
-    """Block masks by layer before training, which are random, above the learnt ones, whose exchanges are coloured."""
+def _curves(axes: Axes, rows: pd.DataFrame, label: str, **style: object) -> None:
+    if rows["seed"].nunique() > 1:
+        for _, line in rows.groupby("seed"):
+            axes.plot(line["epoch"], line["value"], color=style["color"], linewidth=0.5, alpha=0.5)
+    mean = rows.groupby("epoch")["value"].mean()
+    axes.plot(mean.index, mean, label=label, **style)
+
+
+def block_masks(
+    initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarray], rows: pd.DataFrame | None = None
+) -> Figure:
+    """Block masks by layer before training, which are random, above the learnt ones, whose exchanges are coloured.
+
+    Args:
+        initial: before training, by layer.
+        learnt: after it; the layers to draw.
+        rows: the trained model's in the table ``accuracy``, for the title.
+    """
     figure, panels = plt.subplots(2, len(learnt), figsize=(WIDTH, 5.4), squeeze=False)
-    entitle(figure, "Which blocks training exchanged, by layer")
+    entitle(figure, *_of_masks("which blocks training exchanged", rows))
     colours = ["white", "0.25", COLOURS[64], COLOURS[8]]
     for column, name in enumerate(learnt):
         before, after = initial[name].astype(bool), learnt[name].astype(bool)
@@ -77,10 +105,10 @@ def block_masks(initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarr
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
             axes.spines[:].set_visible(True)
-        panels[0, column].set_title(f"{name}, {after.shape[0]}×{after.shape[1]} blocks", fontsize=7)
-        panels[1, column].set_xlabel("input blocks", fontsize=8)
+        panels[0, column].set_title(f"{name}:\n{after.shape[0]} rows × {after.shape[1]} columns of blocks", fontsize=7)
+        panels[1, column].set_xlabel("blocks of inputs", fontsize=8)
     for axes, when in zip(panels[:, 0], ("before training", "learnt"), strict=True):
-        axes.set_ylabel(f"{when}\noutput blocks")
+        axes.set_ylabel(f"{when}\nblocks of outputs")
     labels = ["kept", "kept, not at first", "dropped, kept at first"]
     figure.legend(
         [Patch(facecolor=colour) for colour in colours[1:]], labels, loc="outside lower center", ncols=len(labels)
@@ -88,23 +116,31 @@ def block_masks(initial: Mapping[str, np.ndarray], learnt: Mapping[str, np.ndarr
     return figure
 
 
-def kept_blocks(kept: pd.DataFrame) -> Figure:
+def _of_masks(title: str, rows: pd.DataFrame | None) -> list[str]:
+    """Title and subtitle of a figure of masks; ``rows`` are those of one trained model, if it is known."""
+    if rows is None:
+        return [title[0].upper() + title[1:]]
+    return [f"{trained_sparse(rows)}: {title}", trained_on(rows, spread="")]
+
+
+def kept_blocks(kept: pd.DataFrame, rows: pd.DataFrame | None = None) -> Figure:
     """Share of its blocks that each row of blocks kept: for each kind of layer a box before training and one learnt.
 
     Args:
         kept: columns ``layer`` (``layer 0 mlp.0``; layers of all depths are one kind), ``mask`` (before training,
             learnt) and ``kept``.
+        rows: the trained model's in the table ``accuracy``, for the title.
     """
-    rows = require(kept, "masks")
-    rows = rows.assign(kind=rows["layer"].str.replace(r"^(layer \d+ |heads\.)", "", regex=True))
-    kinds = rows["kind"].nunique()
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.7, 1.7 + 0.36 * kinds))
-    entitle(figure, "How evenly rows of blocks share what a layer keeps", "rows of all layers of a kind")
+    kept = require(kept, "masks")
+    kept = kept.assign(kind=kept["layer"].str.replace(r"^(layer \d+ |heads[. ])", "", regex=True))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.7 + 0.36 * kept["kind"].nunique()))
+    title = _of_masks("how evenly rows of blocks share what is kept", rows)
+    entitle(figure, *title, "a box: all rows of blocks of the layers of that name")
     sns.boxplot(
-        rows, y="kind", x="kept", hue="mask", ax=axes, fliersize=2, linewidth=0.8, width=0.7,
-        palette=dict(zip(rows["mask"].unique(), ("0.8", ACCENT_TOO), strict=False)),
+        kept, y="kind", x="kept", hue="mask", ax=axes, fliersize=2, linewidth=0.8, width=0.7,
+        palette=dict(zip(kept["mask"].unique(), ("0.8", ACCENT_TOO), strict=False)),
     )  # fmt: skip
-    axes.set(ylabel="", xlabel="share kept of a row of blocks")
+    axes.set(ylabel="", xlabel="share of its blocks that a row keeps")
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.get_legend().remove()
     legend(figure)
@@ -114,7 +150,7 @@ def kept_blocks(kept: pd.DataFrame) -> Figure:
 def step_overhead(overheads: pd.DataFrame) -> Figure:
     """A masked training step as a multiple of the dense one, against the size of the batch; logarithmic axes.
 
-    A panel a backend (ours first), a line a block size, on one scale.
+    A panel a backend (ours first), a line a block size, on one scale; the lines side by side, for some coincide.
 
     Args:
         overheads: as ``comparisons.step_overheads`` gives them, of one model, precision, sparsity and way to compile.
@@ -125,19 +161,22 @@ def step_overhead(overheads: pd.DataFrame) -> Figure:
     size = "tokens" if of_layer else "batch_size"
     backends = sorted(rows["backend"].unique(), key=lambda name: (name != "supermask", name))
     figure, panels = plt.subplots(1, len(backends), figsize=(WIDTH, 3.0), sharey=True, squeeze=False)
-    entitle(figure, _step_title(rows), measured_on(rows))
+    entitle(figure, _step_title(rows), measured_on(rows), named_backends(backends))
+    blocks = block_sizes(rows)
+    sideways = spread(blocks, -0.04 * len(blocks))
     for axes, backend in zip(panels[0], backends, strict=True):
         mine = rows[rows["backend"] == backend].sort_values(size)
         for block, line in by_block(mine):
-            draw_line(axes, line[size], 1 + line["overhead"], block)
-            draw_band(axes, line[size], 1 + line["overhead_low"], 1 + line["overhead_high"], block)
+            at = line[size] * np.exp(sideways.get(block, 0.0))
+            draw_line(axes, at, 1 + line["overhead"], block)
+            draw_band(axes, at, 1 + line["overhead_low"], 1 + line["overhead_high"], block)
         reference_line(axes, 1.0, "dense")
         sizes_axis(axes, mine[size])
         axes.tick_params(axis="x", labelsize=7.5)
         speedup_axis(axes)
         axes.set(title=backend, xlabel="tokens" if of_layer else "images a batch")
     legend(figure)
-    shared_ylabel(figure, "× the dense step")
+    shared_ylabel(figure, "time, × the dense step (lower is faster)")
     return figure
 
 

@@ -17,13 +17,17 @@ LAYERS = {"2304x768": "qkv", "768x768": "out_proj", "3072x768": "mlp.0", "768x30
 """Linear layers of ViT-B/16 by their shape, out×in, in the order that it computes them in."""
 
 _BACKENDS = {
-    "cpu": "our kernel (cpu)",
-    "cpu+dense": "our kernel in every layer (cpu+dense)",
-    "gather": "our fallback (gather)",
-    "triton": "our kernel (triton)",
-    "triton+mlp": "our kernels (triton+mlp)",
-    "torch": "PyTorch's kernels (torch)",
-    "torch_tuned": "PyTorch's kernels, tuned (torch_tuned)",
+    "cpu": "our kernel",
+    "cpu+dense": "our kernel in every layer",
+    "gather": "our fallback",
+    "triton": "our kernel",
+    "triton+mlp": "our kernels",
+    "torch": "PyTorch's kernels",
+    "torch_tuned": "PyTorch's kernels, tuned",
+    "supermask": "our masks",  # from here on, ways to train
+    "naive": "masks expanded to the weight",
+    "sparse": "products of kept blocks",
+    "sparse-kept": "likewise, kept blocks alone learn",
 }
 _ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -55,7 +59,13 @@ def layers_title(rows: pd.DataFrame) -> str:
 
 def backend_title(backend: str) -> str:
     """Whose kernel a backend is, with its name."""
-    return _BACKENDS.get(backend, backend)
+    return f"{_BACKENDS[backend]} ({backend})" if backend in _BACKENDS else backend
+
+
+def named_backends(backends: Iterable[str]) -> str:
+    """What the names of several backends mean, ``cpu: our kernel; torch: PyTorch's kernels``; empty for one."""
+    names = sorted(set(backends) - {"dense"})
+    return "; ".join(f"{name}: {_BACKENDS[name]}" for name in names if name in _BACKENDS) if len(names) > 1 else ""
 
 
 def engine_title(engine: str) -> str:
@@ -82,7 +92,7 @@ def model_setting(rows: pd.DataFrame) -> str:
     """What all rows of whole models share: model, batch, what is sparse, by how much and in which blocks, precision."""
     sparse = rows[rows["backend"] != "dense"]
     blocked = sparse[sparse["block_size"].notna()]
-    share, block = _one(blocked, "sparsity"), _one(blocked, "block_size")
+    share, of_blocks = _one(blocked, "sparsity"), in_blocks(blocked)
     scope = _one(blocked, "scope")
     told = [model_title(model) for model in [_one(rows, "model")] if model]
     told += [images(batch) for batch in [_one(rows, "batch_size")] if batch]
@@ -90,9 +100,15 @@ def model_setting(rows: pd.DataFrame) -> str:
         told.append(f"{SCOPE_TITLES.get(scope, scope)} {share:.0%} sparse")
     elif share:
         told.append(f"{share:.0%} sparse")
-    if share and block:
-        told[-1] += f" in blocks of {block:.0f}"
+    if share and of_blocks:
+        told[-1] += f" {of_blocks}"
     return ", ".join([*told, *filter(None, [_one(rows, "precision")])])
+
+
+def in_blocks(rows: pd.DataFrame) -> str:
+    """``in blocks of 32×32``, if that is one size."""
+    block = _one(rows, "block_size")
+    return f"in blocks of {block:.0f}×{block:.0f}" if block else ""
 
 
 def measured_on(rows: pd.DataFrame) -> str:
@@ -109,13 +125,18 @@ def trained_model(rows: pd.DataFrame) -> str:
     )
 
 
-def trained_on(rows: pd.DataFrame, *, bars: bool = True) -> str:
-    """Where models were trained, over how many seeds their accuracies are, and what the bars are if there are some."""
+def trained_sparse(rows: pd.DataFrame) -> str:
+    """What was trained on which data, how sparse: ``vit_digits on digits, 80% sparse in blocks of 8×8``."""
+    return f"{trained_model(rows)}, {_one(rows, 'sparsity'):.0%} sparse {in_blocks(rows)}"
+
+
+def trained_on(rows: pd.DataFrame, *, spread: str = "bars span them") -> str:
+    """Where models were trained, over how many seeds their accuracies are, and how these are drawn."""
     device = _one(rows, "device")
     cell = [column for column in ("backend", "variant", "block_size", "sparsity") if column in rows]
     counts = rows["seeds"] if "seeds" in rows else rows.groupby(cell, dropna=False)["seed"].nunique()
-    seeds = f"mean of {_span(counts)} seeds" + (", bars span them" if bars else "")
-    return ", ".join(filter(None, [f"trained on {device}" if device else "", seeds if max(counts) > 1 else "one seed"]))
+    seeds = [f"mean of {_span(counts)} seeds", spread] if max(counts) > 1 else ["one seed"]
+    return ", ".join(filter(None, [f"trained on {device}" if device else "", *seeds]))
 
 
 def _span(counts: Iterable[float]) -> str:
