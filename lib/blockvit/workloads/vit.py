@@ -30,6 +30,9 @@ SCOPES: dict[str, tuple[str, ...]] = {
 }
 """Which layers of a ViT are block-sparse, as targets."""
 
+UNPRUNED = "none"
+"""The scope of a case that prunes nothing (sparsity 0): what ``cpu+dense`` is worth by its kernel alone."""
+
 
 @cache
 def dense_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -61,7 +64,8 @@ class ModelCase:
     Each is run eagerly and in the given modes besides: ``"compile"``, a mode of ``torch.compile``, ``"cudagraph"``, and
     for the dense model one of ``engines.ENGINES``. Modes that cannot run here are left out; see ``mode_refusals``.
     The masks are random blocks: the speed depends on how many blocks stay, and hardly on which. ``semi_structured``
-    adds the scope pruned to 2:4.
+    adds the scope pruned to 2:4. The scope ``UNPRUNED``, at sparsity 0, leaves all to what a backend does with layers
+    that stay dense.
     """
 
     model: str
@@ -127,7 +131,7 @@ class ModelCase:
         return copy.deepcopy(dense_model(self.model, device, DTYPES[self.precision]))
 
     def _layers(self, model: nn.Module) -> list[nn.Linear]:
-        return list(matching(model, SCOPES[self.scope], types=(nn.Linear,)).values())
+        return [] if self.scope == UNPRUNED else [*matching(model, SCOPES[self.scope], types=(nn.Linear,)).values()]
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
