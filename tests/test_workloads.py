@@ -35,6 +35,7 @@ from blockvit.workloads import (
     masked_model,
     mlp_cases,
     mode_refusals,
+    model_shape,
     modes,
     refusals,
     runnable,
@@ -272,6 +273,10 @@ def test_mlp_and_attention_scopes_are_what_they_say():
     model = expose_projections(models.create("vit_digits"))
     sizes = {scope: len(matching(model, targets, types=(nn.Linear,))) for scope, targets in SCOPES.items()}
     assert sizes == {"mlp": 8, "mlp+attention": 16, "blog": 13, "all": 17}
+
+
+def test_model_shape():
+    assert model_shape("vit_cifar") == "7 blocks of width 384, 32×32 pixels in patches of 4×4"
 
 
 def test_share_of_vit_b_16s_mlp():

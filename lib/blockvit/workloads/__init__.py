@@ -13,7 +13,7 @@ from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
 from .training import TrainingStepCase, step_cases
 from .variants import DENSE_TOO, FUSED_MLP, TAILS, Variant, measure_group, refusals, runnable, tail_metric
-from .vit import SCOPES, UNPRUNED, ModelCase, sparse_share
+from .vit import SCOPES, UNPRUNED, ModelCase, model_shape, sparse_share
 
 __all__ = [
     "CUDA_GRAPH",
@@ -41,6 +41,7 @@ __all__ = [
     "mlp_cases",
     "mode_refusal",
     "mode_refusals",
+    "model_shape",
     "refusals",
     "runnable",
     "runnable_modes",

@@ -241,3 +241,11 @@ def sparse_share(model: str, scope: str) -> float:
     counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     chosen = matching(vit, SCOPES[scope], types=(nn.Linear,))
     return sum(counts[f"{type(vit).__name__}.{name}"] for name in chosen) / counter.get_total_flops()
+
+
+def model_shape(model: str) -> str:
+    """How large a ViT is, for prose: ``7 blocks of width 384, 32×32 pixels in patches of 4×4``."""
+    with torch.device("meta"):
+        vit = models.create(model)
+    sizes = f"{vit.image_size}×{vit.image_size} pixels in patches of {vit.patch_size}×{vit.patch_size}"
+    return f"{len(vit.encoder.layers)} blocks of width {vit.hidden_dim}, {sizes}"
