@@ -381,7 +381,8 @@ def test_a_device_is_answered_for_the_mlp_first():
     assert told[0] == (
         "- Yes: on CPU, in fp32, one image through m takes 30 ms with the MLP at 90% in blocks of 64 (`cpu`), and 60 "
         "ms in the "
-        f"fastest dense engine (openvino). Speedups over that engine: {answers.whole_model(pd.concat(models))}. The "
+        f"fastest dense engine (openvino). Speedups over the fastest dense engine: "
+        f"{answers.whole_model(pd.concat(models))}. The "
         f"masks are "
         "random blocks."
     )

@@ -200,7 +200,7 @@ def _pays(models: pd.DataFrame) -> str:
         f"{told}: on {best['device']}, in {best['precision']}, one image through {best['model']} takes "
         f"{_ms(best['value'])} with {_of_scope(best['scope'])} at {AT:.0%} in blocks of {best['block_size']:.0f} "
         f"(`{variant(best)}`), and {_ms(best['dense_value'])} in the fastest dense engine ({best['dense_compile']}). "
-        f"Speedups over that engine: {whole_model(at)}. The masks are random blocks."
+        f"Speedups over the fastest dense engine: {whole_model(at)}. The masks are random blocks."
     )
 
 

@@ -74,6 +74,8 @@ def learning(compared: pd.DataFrame) -> str:
 
     ``compared`` are cells of ``losses.points_lost`` of one block size and sparsity.
     """
+    if compared.empty:
+        return ""
     text, tuned = "", compared["variant"].str.contains(losses.STARTED)
     others, base = compared[(compared["variant"] != "") & ~tuned], losses.reference(compared)
     if len(others) and len(base):
