@@ -197,6 +197,13 @@ def test_model_summary_tells_break_evens():
     assert [line[f"break-even, {block}×{block}"] for block in (16, 32)] == ["already at 50%", "never"]
 
 
+def test_a_way_to_run_that_few_sparsities_have_bends_no_break_even():
+    eager = cells({("a", 16, 0.5): 0.5, ("a", 16, 0.7): 0.8, ("a", 16, 0.9): 1.2}, scope="mlp")
+    compiled = cells({("a", 16, 0.7): 1.1, ("a", 16, 0.9): 1.5}, scope="mlp").assign(compile="compile")
+    (line,) = answers.model_summary(pd.concat([eager, compiled]), {"mlp": 0.5}).to_dict("records")
+    assert line["best at 90%"] == "1.50×" and line["break-even, 16×16"] == "80%"
+
+
 def test_model_summary_leaves_out_what_was_not_measured_there():
     assert answers.model_summary(cells({("2:4", NAN, 0.5): 1.2}, scope="mlp"), {"mlp": 0.5}).empty
 
