@@ -139,9 +139,10 @@ def test_answer():
     frozen = {"recipe": f"cifar10 epochs=60 + {losses.FROZEN}"}
     better = {"recipe": "cifar10 epochs=60 + method=spartan"}
     lost = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.0, **frozen), masked(89.0, **better)))
-    text = answers.points_lost(losses.reference(lost), lost)
-    assert text.startswith("dense 90.0%.") and "3.0 at 90%" in text
+    text = answers.accuracy_lost(losses.reference(lost))
+    assert text.startswith("Dense 90.0%.") and "3.0 at 90%" in text
     assert "3.0 where 2.3 are published (32×32, 90%)" in text
+    text = answers.learning(lost)
     assert "the reference method lost 3.0 points, the best of 2 others lost 1.0 (method=spartan); one standard" in text
     error = 100 * ((0.87 * 0.13 + 0.86 * 0.14) / 10_000) ** 0.5
     assert text.endswith(
@@ -149,12 +150,28 @@ def test_answer():
         f"difference is {error:.1f} points)."
     )
     above = losses.points_lost(table(dense(90.0), masked(87.0), masked(91.0, **better)))
-    assert "the other gained 1.0 (method=spartan); one" in answers.points_lost(losses.reference(above), above)
+    assert "the other gained 1.0 (method=spartan); one" in answers.learning(above)
     close = losses.points_lost(table(dense(90.0), masked(87.0), masked(86.9, **frozen)))
-    assert "lost 3.1: that learning them helps is not shown (" in answers.points_lost(losses.reference(close), close)
-    assert ", which does not tell the two apart: one standard" in answers.points_lost(losses.reference(close), close)
-    assert "reference method" not in answers.points_lost(losses.reference(lost), losses.reference(lost))
-    assert answers.points_lost(lost.iloc[:0], lost.iloc[:0]).startswith("no masked model")
+    assert "lost 3.1: that learning them helps is not shown (" in answers.learning(close)
+    assert ", which does not tell the two apart: one standard" in answers.learning(close)
+    assert answers.learning(losses.reference(lost)) == "" == answers.learning(losses.points_lost(table()))
+    assert answers.accuracy_lost(lost.iloc[:0]).startswith("No masked model")
+
+
+def test_answer_opens_with_what_the_speed_costs():
+    lost = losses.points_lost(table(dense(90.0), masked(87.0), masked(89.0, sparsity=0.8)))
+    point = {"speedup": 1.4, "speedup_low": 1.3, "speedup_high": 1.5, "backend": "cpu"}
+    points = lost[["block_size", "sparsity", "lost"]].assign(**point)
+    how = {"setting": "CIFAR-10, m", "batch_size": 256}
+    line, empty, *items = answers.accuracy(lost, lost, points, missing=True, **how).splitlines()
+    assert line == (
+        "CIFAR-10, m: at 90% sparsity at most 3.0 points of top-1 are lost; of the models that lost less than 2 the "
+        "fastest has 1.40× the speed of eager dense PyTorch."
+    )
+    assert not empty and [item.partition("**")[2].partition("**")[0] for item in items] == ["Accuracy.", "Speed."]
+    assert items[0].endswith("they are named above.")
+    nothing = answers.accuracy(lost[:0], lost[:0], points[:0], missing=False, **how)
+    assert nothing.startswith("CIFAR-10, m: not known; no masked model at 90%")
 
 
 def test_answer_tells_apart_what_began_with_the_trained_dense_model():
@@ -164,7 +181,7 @@ def test_answer_tells_apart_what_began_with_the_trained_dense_model():
         masked(91.0, recipe="cifar10 epochs=60 + distillation_alpha=0.5 epochs=6 method=magnitude start=dense"),
     ]
     lost = losses.points_lost(table(dense(90.0), dense(92.0, recipe=on), masked(87.0), *ways))
-    text = answers.points_lost(losses.reference(lost), lost)
+    text = answers.learning(lost)
     assert "others" not in text, "trained for longer, they are not compared with the reference method"
     assert (
         "Masks put on the trained dense model lost 1.0 at 90% in blocks of 32, against that model trained on for "

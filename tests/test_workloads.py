@@ -8,24 +8,34 @@ import pytest
 import torch
 from torch import nn
 
+import blockvit
 from blockvit import engines, models, semi_structured, tune
+from blockvit.accuracy import AccuracyCell
 from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
 from blockvit.clocks import Clock, Timing
 from blockvit.convert import random_block_mask_
 from blockvit.masks import num_kept
 from blockvit.results import COLUMNS, KEYS, Store
+from blockvit.supermask import supermask_layers
 from blockvit.targets import matching
 from blockvit.workloads import (
+    DIFFERENCES,
     SCOPES,
+    UNPRUNED,
     CeilingCase,
     ConversionCase,
     LinearCase,
     MLPCase,
     ModelCase,
+    conversion,
+    fewer_threads,
+    fold_differences,
     linear_cases,
+    masked_model,
     mlp_cases,
     mode_refusals,
+    model_shape,
     modes,
     refusals,
     runnable,
@@ -265,6 +275,10 @@ def test_mlp_and_attention_scopes_are_what_they_say():
     assert sizes == {"mlp": 8, "mlp+attention": 16, "blog": 13, "all": 17}
 
 
+def test_model_shape():
+    assert model_shape("vit_cifar") == "7 blocks of width 384, 32×32 pixels in patches of 4×4"
+
+
 def test_share_of_vit_b_16s_mlp():
     assert sparse_share("vit_b_16", "mlp") == pytest.approx(0.635, abs=0.01)
 
@@ -459,7 +473,7 @@ def test_conversion_case():
     assert all(set(row) <= set(COLUMNS) for row in rows)
     found = {row["metric"]: row for row in rows}
     assert set(found) == {
-        "build_seconds", "convert_seconds", "load_seconds", "dense_bytes", "sparse_bytes", "file_bytes",
+        "dense_load_seconds", "convert_seconds", "load_seconds", "dense_bytes", "sparse_bytes", "file_bytes",
     }  # fmt: skip
     for metric, row in found.items():
         assert (row["model"], row["block_size"], row["sparsity"], row["scope"]) == ("vit_digits", 16, 0.9, "all")
@@ -469,6 +483,42 @@ def test_conversion_case():
     assert found["convert_seconds"]["repeats"] == 2
     assert value["file_bytes"] < 0.4 * value["dense_bytes"]
     assert value["sparse_bytes"] < value["dense_bytes"]
+
+
+def test_a_dense_checkpoint_is_loaded_whole(tmp_path):
+    """What the time of ``blockvit.load`` is compared with has to give the model."""
+    dense = vit.dense_model("vit_digits", CPU, torch.float32)
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    loaded = ConversionCase("vit_digits", 16, 0.9)._load_dense(tmp_path / "dense.pt").eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), dense(x))
+
+
+def test_fold_differences_are_those_of_each_step(monkeypatch):
+    masked = blockvit.sparsify(models.create("vit_digits"), 0.9, 16).eval()
+    images = torch.randn(3, 3, 8, 8)
+    folded, difference = fold_differences(masked, images, 16)
+    assert tuple(difference) == DIFFERENCES
+    assert difference["fold_difference"] == difference["load_difference"] == 0
+    assert 0 <= difference["convert_difference"] < 1e-4
+    assert supermask_layers(masked) and not supermask_layers(folded), "the masked model stays as it was"
+
+    def wrongly(model):
+        folded = blockvit.fold(model)
+        folded.heads.head.bias.data += 2
+        return folded
+
+    monkeypatch.setattr(conversion, "fold", wrongly)
+    assert fold_differences(masked, images, 16)[1]["fold_difference"] == pytest.approx(2)
+
+
+def test_a_trained_model_comes_with_its_test_images(tmp_path):
+    cell = AccuracyCell("digits", "vit_digits", 16, 0.9)
+    masked, images = masked_model(cell, cache=tmp_path, recipe={"epochs": 2}, count=5)
+    assert len(supermask_layers(masked)) == 13 and not masked.training
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.float32
+    assert [path.parent.name for path in (tmp_path / "checkpoints").rglob("*.pt")] == ["digits"]
 
 
 def test_cases_share_a_dense_model_without_harm():
@@ -665,3 +715,29 @@ def test_layers_that_stay_dense_run_on_the_backend_too(monkeypatch):
     assert refusals(["gather+dense"], "cpu", ["fp32"], [16]) == []
     with pytest.raises(ValueError, match="backend is 'gathr'"):
         runnable(["gathr+dense"], CPU, "fp32", 16)
+
+
+def test_an_unpruned_model_runs_wholly_on_the_backend(monkeypatch):
+    made = []
+    real = vit.convert
+    monkeypatch.setattr(vit, "convert", lambda *args: made.append(real(*args)) or made[-1])
+    case = ModelCase("vit_digits", UNPRUNED, 1, 32, 0.0, backends=("gather+dense",), memory=True)
+    rows = case.measure(CPU, SHORT)
+    assert set(by_backend(rows)) == {("dense", "eager"), ("gather+dense", "eager")}
+    row = by_backend(rows)["gather+dense", "eager"]
+    assert (row["scope"], row["sparsity"], row["block_size"]) == ("none", 0.0, 32)
+    sparse = [m for m in made[0].modules() if isinstance(m, blockvit.BlockSparseLinear)]
+    assert len(sparse) == 18 and {m.bsr.sparsity for m in sparse} == {0.0}, "the patch embedding among them"
+
+
+def test_threads_are_fewer_in_the_loop_only():
+    everyone = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert [(count, torch.get_num_threads()) for count in fewer_threads([1, 2, 3, 8])] == [(1, 1), (2, 2)]
+        assert torch.get_num_threads() == 3
+        for _ in fewer_threads([1, 2]):
+            break
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(everyone)

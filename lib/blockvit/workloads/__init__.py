@@ -5,24 +5,27 @@ same weights block-sparse through each backend. Every sparse variant's output is
 its time is taken.
 """
 
-from .conversion import ConversionCase
-from .device import CeilingCase, TuningCase, tuning_cases
-from .grid import ModelGrid
+from .conversion import DIFFERENCES, ConversionCase, fold_differences, masked_model
+from .device import CeilingCase, TuningCase, fewer_threads, tuning_cases
+from .grid import DeviceGrid, ModelGrid
 from .layers import LinearCase, linear_cases
 from .mlp import MLPCase, mlp_cases
 from .modes import CUDA_GRAPH, mode_refusal, mode_refusals, runnable_modes
 from .training import TrainingStepCase, step_cases
 from .variants import DENSE_TOO, FUSED_MLP, TAILS, Variant, measure_group, refusals, runnable, tail_metric
-from .vit import SCOPES, ModelCase, sparse_share
+from .vit import SCOPES, UNPRUNED, ModelCase, model_shape, sparse_share
 
 __all__ = [
     "CUDA_GRAPH",
     "DENSE_TOO",
+    "DIFFERENCES",
     "FUSED_MLP",
     "SCOPES",
     "TAILS",
+    "UNPRUNED",
     "CeilingCase",
     "ConversionCase",
+    "DeviceGrid",
     "LinearCase",
     "MLPCase",
     "ModelCase",
@@ -30,11 +33,15 @@ __all__ = [
     "TrainingStepCase",
     "TuningCase",
     "Variant",
+    "fewer_threads",
+    "fold_differences",
     "linear_cases",
+    "masked_model",
     "measure_group",
     "mlp_cases",
     "mode_refusal",
     "mode_refusals",
+    "model_shape",
     "refusals",
     "runnable",
     "runnable_modes",

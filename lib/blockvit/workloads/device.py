@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,18 @@ from .. import tune
 from ..bench import DTYPES, Effort, failed_row, interleave, precision_class
 from ..clocks import clock_for
 from ..kernels import cpu, torch_tuned, tuning
+
+
+def fewer_threads(counts: Iterable[int]) -> Iterator[int]:
+    """Each of ``counts`` below PyTorch's number of threads, which is that number while the loop over them is at it."""
+    everyone = torch.get_num_threads()
+    try:
+        for count in counts:
+            if count < everyone:
+                torch.set_num_threads(count)
+                yield count
+    finally:
+        torch.set_num_threads(everyone)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ SCOPES: dict[str, tuple[str, ...]] = {
 }
 """Which layers of a ViT are block-sparse, as targets."""
 
+UNPRUNED = "none"
+"""The scope of a case that prunes nothing (sparsity 0): what ``cpu+dense`` is worth by its kernel alone."""
+
 
 @cache
 def dense_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -61,7 +64,8 @@ class ModelCase:
     Each is run eagerly and in the given modes besides: ``"compile"``, a mode of ``torch.compile``, ``"cudagraph"``, and
     for the dense model one of ``engines.ENGINES``. Modes that cannot run here are left out; see ``mode_refusals``.
     The masks are random blocks: the speed depends on how many blocks stay, and hardly on which. ``semi_structured``
-    adds the scope pruned to 2:4.
+    adds the scope pruned to 2:4. The scope ``UNPRUNED``, at sparsity 0, leaves all to what a backend does with layers
+    that stay dense.
     """
 
     model: str
@@ -127,7 +131,7 @@ class ModelCase:
         return copy.deepcopy(dense_model(self.model, device, DTYPES[self.precision]))
 
     def _layers(self, model: nn.Module) -> list[nn.Linear]:
-        return list(matching(model, SCOPES[self.scope], types=(nn.Linear,)).values())
+        return [] if self.scope == UNPRUNED else [*matching(model, SCOPES[self.scope], types=(nn.Linear,)).values()]
 
     @torch.inference_mode()
     def measure(self, device: torch.device, effort: Effort) -> list[dict[str, Any]]:
@@ -237,3 +241,11 @@ def sparse_share(model: str, scope: str) -> float:
     counts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     chosen = matching(vit, SCOPES[scope], types=(nn.Linear,))
     return sum(counts[f"{type(vit).__name__}.{name}"] for name in chosen) / counter.get_total_flops()
+
+
+def model_shape(model: str) -> str:
+    """How large a ViT is, for prose: ``7 blocks of width 384, 32×32 pixels in patches of 4×4``."""
+    with torch.device("meta"):
+        vit = models.create(model)
+    sizes = f"{vit.image_size}×{vit.image_size} pixels in patches of {vit.patch_size}×{vit.patch_size}"
+    return f"{len(vit.encoder.layers)} blocks of width {vit.hidden_dim}, {sizes}"
