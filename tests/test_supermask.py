@@ -1080,6 +1080,95 @@ def test_readers_are_found_through_methods_and_properties_and_from_further_up():
     assert named == ["0.mlp.first", "0.method", "0.asset"]
 
 
+class WayToRead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.fcs = nn.Linear(16, 16), nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, x):
+        return x @ self.fc.weight
+
+
+class ByParent(WayToRead):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ByParentsName(WayToRead):
+    def forward(self, x):
+        return 2 * WayToRead.forward(self, x)
+
+
+class ByAlias(WayToRead):
+    def forward(self, x):
+        fc, weight = self.fc, None
+        weight = fc.weight if weight is None else weight
+        return x @ weight
+
+
+class ByIndex(WayToRead):
+    def forward(self, x):
+        return x @ self.fcs[0].weight
+
+
+class InALoop(WayToRead):
+    def forward(self, x):
+        for _, fc in enumerate(self.fcs):
+            x = x @ fc.weight.t()
+        return sum(x @ fc.weight for fc in self.fcs[:1])
+
+
+class ByGetattr(WayToRead):
+    def forward(self, x):
+        return x @ getattr(self, "fc").weight  # noqa: B009
+
+
+class OfAnotherName(WayToRead):
+    def forward(this, x):
+        return x @ this.fc.weight
+
+
+class Swin(torchvision.models.swin_transformer.ShiftedWindowAttention):
+    def __init__(self):
+        super().__init__(16, [4, 4], [0, 0], 2)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        (ByParent, "fc"),
+        (ByParentsName, "fc"),
+        (ByAlias, "fc"),
+        (ByIndex, "fcs.0"),
+        (InALoop, "fcs.0"),
+        (ByGetattr, "fc"),
+        (OfAnotherName, "fc"),
+        (Swin, "qkv"),
+    ],
+)
+def test_readers_are_found_however_they_come_to_the_layer(kind, layer):
+    with pytest.raises(ValueError, match=rf"\n  0\.{layer}: {kind.__name__} reads its weight instead of calling it"):
+        sparsify(nn.Sequential(kind()), 0.5, 8, targets=layer)
+
+
+class Asks(WayToRead):
+    def forward(self, x):
+        weight = self.fc.weight
+        x = self.fc(x.to(self.fc.weight).reshape(-1, weight.size(1)))
+        for fc in self.fcs:
+            x = fc(x.to(fc.weight.device))
+        return x
+
+
+def test_asking_a_weight_for_its_kind_is_not_reading_it():
+    model = sparsify(nn.Sequential(Asks()), 0.5, 8, targets="*")
+    assert list(supermask_layers(model)) == ["0.fc", "0.fcs.0"]
+    assert model(torch.randn(2, 16)).shape == (2, 16)
+
+
 def test_a_forward_without_a_source_is_taken_to_call_its_layers():
     written = "def forward(self, x):\n    return nn.functional.linear(x, self.layer.weight)"
     scope = {"nn": nn}
