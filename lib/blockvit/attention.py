@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -222,8 +223,10 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def expose_projections(model: nn.Module) -> nn.Module:
+def expose_projections(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
     """Replace every ``nn.MultiheadAttention`` below ``model`` by one with real modules, in place; same outputs.
+
+    ``only``: the names of those to replace, if not all.
 
     Subclasses stay as they are, because they may compute otherwise, and so do those with hooks, ``add_bias_kv`` or
     ``add_zero_attn``: to mask their ``out_proj`` is an error, see ``targets.obstacles``. PyTorch's fused inference
@@ -235,6 +238,7 @@ def expose_projections(model: nn.Module) -> nn.Module:
     """
     _check_not_attention(model)
     found = [name for name, module in model.named_modules(remove_duplicate=False) if _is_replaceable(module)]
+    found = [name for name in found if only is None or name in only]
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
     turn_off_fused_paths(model)
     return model
