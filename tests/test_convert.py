@@ -495,6 +495,11 @@ def test_gelu_with_a_hook_on_either_side_is_not_fused(place):
     assert type(model[1]) is nn.GELU
 
 
+def test_a_model_on_the_meta_device_gives_shapes():
+    model = to_block_sparse(folded_vit(), 16).to("meta")
+    assert model(torch.empty(3, 3, 16, 16, device="meta")).shape == (3, 10)
+
+
 def test_a_backend_that_cannot_run_leaves_the_model_as_it_was():
     model = vit()
     for arguments in ({"backend": "torch"}, {"dense_backend": "torch"}):

@@ -343,6 +343,41 @@ def test_functional_transforms_give_autograds_gradients(kind, method):
     torch.testing.assert_close(torch.func.jacrev(net)(x), inputs)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_forward_mode_is_the_transpose_of_reverse_mode(kind, method):
+    net = small_net(kind, method)
+    x = torch.randn(5, 8, *([1, 1] if kind == "convolution" else [])).double()
+    values = {name: parameter.detach() for name, parameter in net.named_parameters()} | {"x": x}
+    directions = {name: torch.randn_like(value) for name, value in values.items()}
+
+    def loss(values):
+        parameters = {name: value for name, value in values.items() if name != "x"}
+        return torch.func.functional_call(net, parameters, (values["x"],)).square().sum()
+
+    value, slope = torch.func.jvp(loss, (values,), (directions,))
+    gradient = torch.func.grad(loss)(values)
+    torch.testing.assert_close(value, net(x).square().sum())
+    torch.testing.assert_close(slope, sum((gradient[name] * directions[name]).sum() for name in values))
+    with torch.autograd.forward_ad.dual_level():
+        dual = {n: torch.autograd.forward_ad.make_dual(v, directions[n]) for n, v in values.items()}
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent, slope)
+    once = x[:1]
+    expected = torch.autograd.functional.hessian(lambda x: net(x).square().sum(), once)
+    torch.testing.assert_close(torch.func.hessian(lambda x: net(x).square().sum())(once), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_an_ensemble_with_masks_of_their_own_is_one_call(kind, method):
+    nets = [small_net(kind, method) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(nets)
+    x = torch.randn(5, 8, *([1, 1] if kind == "convolution" else [])).double()
+    together = torch.vmap(lambda one: torch.func.functional_call(nets[0], one, (x,)))(parameters)
+    torch.testing.assert_close(together, torch.stack([net(x) for net in nets]))
+
+
 def test_a_weight_used_twice_gets_both_gradients():
     layer = SupermaskLinear(32, 32, sparsity=0.5, block_size=8, dtype=torch.float64)
     x = torch.randn(4, 32, dtype=torch.float64)
