@@ -13,7 +13,6 @@ from test_train import tiny_data
 
 import blockvit
 from blockvit import data, models, train
-from blockvit.attention import expose_projections
 from blockvit.train import command, weights
 from blockvit.train.recipe import RECIPES
 
@@ -71,10 +70,18 @@ def test_a_dense_model_is_written_as_it_is(tmp_path, few_digits):
 
 def test_masks_without_a_block_of_zeros_are_written_as_a_state_dict(tmp_path, few_digits):
     assert run(*QUICK, "--sparsity", 0, "--block-size", 16, "--output", tmp_path) == 0
-    model = expose_projections(models.create("vit_digits"))
+    model = models.create("vit_digits")  # as its attention was before it was replaced
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     top1 = torch.load(tmp_path / "checkpoint.pt")["history"][-1]["test_top1"]
     assert train.evaluate(model, few_digits.test)["top1"] == pytest.approx(top1)
+    assert run(*QUICK, "--weights", tmp_path / "model.safetensors", "--output", tmp_path / "next") == 0
+
+
+def test_a_block_sparse_model_is_no_weights_to_begin_with(tmp_path, capsys):
+    assert run(*QUICK, "--sparsity", 0.5, "--block-size", 16, "--output", tmp_path) == 0
+    assert run(*QUICK, "--weights", tmp_path / "model.safetensors", "--output", tmp_path / "next") == 1
+    message = "model.safetensors is a block-sparse model, for blockvit.load, and a training begins with dense weights"
+    assert message in capsys.readouterr().err
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .. import checkpoint, data, files, models
+from ..attention import packed_state_dict
 from ..convert import fold, layer_fates, to_block_sparse
 from ..machine import usable_cores
 from ..supermask import BLOG_TARGETS, METHODS, SCORES, sparsify, supermask_layers
@@ -241,7 +242,8 @@ def export(model: nn.Module, path: Path, block_size: int) -> None:
     if any(fate.fate != "dense" for fate in layer_fates(model, block_size)):
         checkpoint.save(to_block_sparse(model, block_size, backend="dense"), path)  # a backend that runs everywhere
     else:
-        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
+        state = packed_state_dict(model)  # what PyTorch's own models load, and --weights
+        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in state.items()}))
 
 
 def _workers(processes: int) -> int:
