@@ -971,6 +971,10 @@ def test_bad_block_size(block_size, error):
     ("given", "message"),
     [
         (3, r"is 3; expected a name, a list of names, or a function of name and module"),
+        (
+            nn.Linear,
+            r"is the class Linear; .*=lambda name, module: type\(module\) is torch\.nn\.modules\.linear\.Linear",
+        ),
         (nn.Linear(2, 2), r"is Linear\(.*; expected a name"),
         (
             [lambda name, module: True],
