@@ -40,7 +40,7 @@ def test_whether_a_file_can_be_written_is_known_before_it_is(tmp_path):
     path.write_text("kept")
     files.check_writable(path)
     assert path.read_text() == "kept" and names(path.parent) == ["a.txt"]
-    with pytest.raises(NotADirectoryError, match=r"was not written, .*; name a file in a folder that can be written"):
+    with pytest.raises(OSError, match=r"was not written, .*; name a file in a folder that can be written"):
         files.check_writable(path / "b.txt")
     with pytest.raises(IsADirectoryError, match="new is a folder; name a file in it"):
         files.check_writable(path.parent)

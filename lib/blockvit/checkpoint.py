@@ -156,8 +156,8 @@ def load(
 
     Args:
         path: the file.
-        model: a dense model of the same architecture, replaced in place. Not needed for torchvision's
-            ``VisionTransformer``, which is built from the file.
+        model: a dense model of the same architecture, replaced in place, wrapped or not. Not needed for torchvision's
+            ``VisionTransformer``, which is built from the file, unless modules, settings or hooks of it were changed.
         backend: ``"auto"``, the preferred one on this machine, or a backend's name.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.

@@ -45,7 +45,7 @@ def _reader(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn
 def _layers_read_by(module: nn.Module) -> frozenset[str]:
     if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
         return frozenset({"out_proj"})
-    if isinstance(module, nn.TransformerEncoderLayer):  # its fused path is turned off
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):  # their fused paths are turned off
         return frozenset()
     return uses(type(module)).weights
 
