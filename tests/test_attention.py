@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import blockvit
-from blockvit.attention import MultiheadAttention, expose_projections
+from blockvit.attention import MultiheadAttention, expose_projections, packed_state_dict
 from blockvit.supermask import supermask_layers
 
 EMBED, HEADS, N, L, S = 16, 4, 3, 5, 7
@@ -229,6 +229,16 @@ def test_checkpoints_of_pytorchs_attention_load(widths, bias, copied):
     assert list(state) == before  # the caller's dictionary is left alone
     args = inputs(source[0], "cross", batched=True)
     torch.testing.assert_close(model[0](*args)[0], source[0](*args)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 10, "vdim": 12}], ids=["one width", "kdim vdim"])
+def test_a_packed_state_dict_is_that_of_pytorchs_attention(widths, bias):
+    source = nn.Sequential(randomised(nn.MultiheadAttention(EMBED, HEADS, bias=bias, **widths)), nn.Linear(2, 2))
+    expected = copy.deepcopy(source.state_dict())
+    packed = packed_state_dict(expose_projections(source))
+    assert packed.keys() == expected.keys()
+    assert all(torch.equal(packed[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("widths", [{}, {"kdim": 10, "vdim": 12}], ids=["one width", "kdim vdim"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torchvision
 from torch import nn
 
 import blockvit
-from blockvit import BlockSparseLinear, checkpoint, load, read_metadata, save
+from blockvit import BlockSparseLinear, architecture, load, read_metadata, save
 from blockvit.patches import PatchEmbedding
 
 VIT = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
@@ -118,13 +119,171 @@ def test_another_model_cannot_be_built_from_the_file_alone(path):
         load(path)
 
 
+def relu(model):
+    for layer in model.encoder.layers:
+        layer.mlp[1] = nn.ReLU()
+
+
+def another_epsilon(model):
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = 0.1
+
+
+CHANGES = {
+    "activation": relu,
+    "GELU": lambda model: setattr(model.encoder.layers[0].mlp[1], "approximate", "tanh"),
+    "head": lambda model: setattr(model, "heads", nn.Sequential(OrderedDict(act=nn.Tanh(), head=model.heads.head))),
+    "epsilon": another_epsilon,
+    "forward": lambda model: setattr(model, "forward", lambda x: model.heads(model._process_input(x).mean(1))),
+    "hook": lambda model: model.encoder.layers[1].register_forward_hook(lambda module, args, y: -y),
+    "norm left out": lambda model: setattr(model.encoder.layers[0], "ln_2", nn.Identity()),
+    "more": lambda model: setattr(model.encoder.layers[1], "scale", nn.Identity()),
+    "channels": lambda model: setattr(model, "conv_proj", nn.Conv2d(1, 32, 4, 4)),
+    "bias": lambda model: setattr(model.encoder.layers[1].mlp, "3", nn.Linear(64, 32, bias=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_vision_transformer_is_not_built_anew_as_the_stock_one(path, change):
+    model = vit()
+    change(model)
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.6, BLOCK, targets="out_proj")), BLOCK)
+    save(model, path)
+    with pytest.raises(ValueError, match=r"holds a VisionTransformer, which cannot be built from the file alone"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     "build",
     [lambda: sparse_vit(norm_layer=partial(nn.LayerNorm, eps=0.1)), lambda: sparse_mlp()],
     ids=["norm", "other class"],
 )
 def test_no_architecture_is_recorded_that_would_be_built_wrongly(build):
-    assert checkpoint._architecture(build()) is None
+    assert architecture.arguments_of(build()) is None
+
+
+@pytest.mark.parametrize("how", [{}, {"fuse_gelu": False}, {"fuse_mlp": True}, {"dense_backend": "gather"}], ids=str)
+def test_what_conversion_changes_is_built_anew(path, images, how):
+    model = blockvit.fold(blockvit.sparsify(vit(representation_size=16), 0.6, BLOCK, targets=("mlp", "head")))
+    save(blockvit.to_block_sparse(model, BLOCK, **how), path)
+    with torch.no_grad():
+        torch.testing.assert_close(load(path)(images), model(images))
+
+
+def test_another_gelu_is_built_anew_where_a_layer_applies_it(path, images):
+    model = vit()
+    for layer in model.encoder.layers:
+        layer.mlp[1].approximate = "tanh"
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.6, BLOCK, targets="mlp")), BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(load(save(model, path))(images), model(images))
+
+
+def test_an_attention_that_was_left_as_it_is_comes_back_so(path, images):
+    model = vit()
+    hook = model.encoder.layers[0].self_attention.register_forward_hook(lambda *_: None)
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.6, BLOCK, targets=("mlp", "qkv"))), BLOCK)
+    hook.remove()
+    save(model, path)
+    for loaded in (load(path), load(path, vit())):
+        kinds = [type(layer.self_attention) for layer in loaded.encoder.layers]
+        assert kinds == [nn.MultiheadAttention, blockvit.MultiheadAttention]
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_an_older_file_says_of_attention_only_whether_all_of_it_was_replaced(path, images):
+    model = sparse_vit()
+    rewrite(save(model, path), lambda metadata: metadata.update(attention=True))
+    with torch.no_grad():
+        assert torch.equal(load(path)(images), model(images))
+
+
+def rewrite(path: Path, change) -> None:
+    """Write the file anew with other metadata."""
+    tensors, metadata = safetensors.torch.load_file(path), read_metadata(path)
+    change(metadata)
+    safetensors.torch.save_file(tensors, path, metadata={"blockvit": json.dumps(metadata)})
+
+
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "average": torch.optim.swa_utils.AveragedModel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_wraps_a_model_is_not_saved_and_stays_where_it_is_loaded(path, wrap):
+    model, x = sparse_mlp(), torch.randn(3, 16)
+    save(wrap(model), path)
+    assert read_metadata(path)["model"] == "Mlp" and "layers.0" in read_metadata(path)["layers"]
+    torch.testing.assert_close(load(path, Mlp())(x), model(x))
+    wrapped = wrap(Mlp())
+    assert load(path, wrapped) is wrapped and not wrapped.training
+    torch.testing.assert_close(wrapped(x), model(x))
+
+
+class WithIdentities(nn.Module):
+    """What a model may leave out, and how its head may be none."""
+
+    def __init__(self, activation=nn.GELU, norm=nn.Identity, drop=nn.Identity, head=nn.Identity):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(16, 32), activation(), nn.Linear(32, 16))
+        self.norm, self.drop, self.head = norm(), drop(), head()
+
+    def forward(self, x):
+        return self.head(self.drop(self.mlp(self.norm(x))))
+
+
+def test_identities_are_put_where_a_gelu_was_fused_and_nowhere_else(path):
+    model, x = WithIdentities(), torch.randn(3, 16)
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.5, BLOCK, targets="mlp")), BLOCK)
+    save(model.eval(), path)
+    same = load(path, WithIdentities(drop=lambda: nn.Dropout(0.5)))
+    assert type(same.mlp[1]) is nn.Identity and type(same.drop) is nn.Dropout
+    torch.testing.assert_close(same(x), model(x))
+    assert type(load(path, WithIdentities(activation=nn.Identity)).mlp[1]) is nn.Identity
+    for other, message in {
+        "head": r"missing from the file: head\.weight",
+        "norm": r"missing from the file: norm\.weight",
+        "activation": r"mlp\.1 is an nn\.GELU that the layer before it applies in the file, ReLU\(\) in the model",
+    }.items():
+        kinds = {"head": lambda: nn.Linear(16, 5), "norm": lambda: nn.LayerNorm(16), "activation": nn.ReLU}
+        target = WithIdentities(**{other: kinds[other]})
+        before = dict(target.named_modules())
+        with pytest.raises(ValueError, match=message):
+            load(path, target)
+        assert dict(target.named_modules()) == before
+
+
+def test_biases_are_as_frozen_as_they_were_in_the_model(path):
+    save(with_patches_on_a_kernel(), path)
+    loaded = load(path, vit().requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(parameter.requires_grad for parameter in load(path, vit()).parameters())
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Mlp()
+        self.register_buffer("places", torch.arange(16.0), persistent=False)
+
+    def forward(self, x):
+        return self.mlp(x + self.places)
+
+
+def test_a_model_without_memory_whose_buffers_are_in_no_file_is_refused(path):
+    model, x = Positions().eval(), torch.randn(3, 16)
+    blockvit.to_block_sparse(blockvit.fold(blockvit.sparsify(model, 0.5, BLOCK, targets="layers")), BLOCK)
+    save(model, path)
+    with torch.device("meta"):
+        empty = Positions()
+    with pytest.raises(ValueError, match=r"its buffers places are in no file .* make the model on the CPU"):
+        load(path, empty)
+    torch.testing.assert_close(load(path, Positions())(x), model(x))
 
 
 def test_only_some_layers_sparse_and_attention_untouched(path, images):
@@ -344,11 +503,7 @@ def test_a_patch_embedding_on_a_kernel_comes_back(path, images):
 
 def test_a_file_without_an_entry_for_patch_embeddings_loads(path, images):
     model = sparse_vit()
-    save(model, path)
-    tensors = safetensors.torch.load_file(path)
-    metadata = read_metadata(path)
-    del metadata["patch_embeddings"]
-    safetensors.torch.save_file(tensors, path, metadata={"blockvit": json.dumps(metadata)})
+    rewrite(save(model, path), lambda metadata: metadata.pop("patch_embeddings"))
     torch.testing.assert_close(load(path)(images), model(images))
 
 

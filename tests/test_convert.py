@@ -163,6 +163,13 @@ def test_folding_warns_of_masks_that_were_never_applied(compiled):
     assert warned[0].filename == __file__
 
 
+def test_folding_warns_too_where_no_mask_was_applied_in_a_training():
+    model = sparsify(Reader(), 0.5, 4, targets="read")
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"never called, though the model has gradients: read\. If .* with skip="):
+        fold(model)
+
+
 def test_folding_does_not_warn_where_no_layer_or_every_layer_was_called(recwarn):
     fold(sparsify(Reader(), 0.5, 4, targets="*"))
     model = sparsify(nn.Sequential(nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(8, 8)), 0.5, 4, targets="*")
@@ -409,6 +416,75 @@ def test_gelu_is_fused_where_it_follows_a_converted_layer():
     assert [type(m) for m in (model[1], model[3], model[4])] == [nn.Identity, nn.Identity, nn.ReLU]
 
 
+class InParts(nn.Module):
+    """Calls its MLP in one of the ways of the subclasses, all of which put something before its GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.more = mlp(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)), nn.Linear(16, 16)
+
+
+class Sliced(InParts):
+    def forward(self, x):
+        return self.mlp[1:](self.mlp[0](x) + self.more(x))
+
+
+class Iterated(InParts):
+    def forward(self, x):
+        for layer in self.mlp:
+            x = 2 * layer(x)
+        return x
+
+
+class HandedOn(InParts):
+    def forward(self, x):
+        return twice_each(x, self.mlp)
+
+
+class Inherited(Sliced):
+    def forward(self, x):
+        return super().forward(x) + self.mlp(x)
+
+
+class Named(InParts):
+    def forward(self, x):
+        steps = self.mlp
+        return getattr(steps, "1")(2 * getattr(steps, "0")(x))
+
+
+def twice_each(x, layers):
+    for layer in layers:
+        x = 2 * layer(x)
+    return x
+
+
+@pytest.mark.parametrize("kind", [Sliced, Iterated, HandedOn, Inherited, Named])
+def test_no_gelu_is_fused_where_a_forward_above_calls_parts_of_the_sequence(kind):
+    model, x = nn.Sequential(kind()), torch.randn(5, 16)
+    expected = model(x)
+    torch.testing.assert_close(to_block_sparse(model, 8, fuse_mlp=True)(x), expected)
+    assert type(model[0].mlp[1]) is nn.GELU
+
+
+class InLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([mlp(nn.Linear(16, 16), nn.GELU()), mlp(nn.Linear(16, 16), nn.GELU())])
+
+    def forward(self, x):
+        last = self.blocks[-1]
+        for block in self.blocks:
+            x = x + block(x)
+        return last(x) if self.blocks is not None else x
+
+
+def test_gelus_are_fused_where_whole_sequences_of_a_list_are_called():
+    model, x = InLists(), torch.randn(5, 16)
+    expected = model(x)
+    torch.testing.assert_close(to_block_sparse(model, 8)(x), expected)
+    assert [type(block[1]) for block in model.blocks] == [nn.Identity] * 2
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_gelu_with_a_hook_on_either_side_is_not_fused(place):
     model = to_block_sparse(mlp(nn.Linear(8, 8), nn.GELU()), 4, fuse_gelu=False)
@@ -417,6 +493,11 @@ def test_gelu_with_a_hook_on_either_side_is_not_fused(place):
     expected = model(x)
     torch.testing.assert_close(to_block_sparse(model, 4)(x), expected)
     assert type(model[1]) is nn.GELU
+
+
+def test_a_model_on_the_meta_device_gives_shapes():
+    model = to_block_sparse(folded_vit(), 16).to("meta")
+    assert model(torch.empty(3, 3, 16, 16, device="meta")).shape == (3, 10)
 
 
 def test_a_backend_that_cannot_run_leaves_the_model_as_it_was():

@@ -33,6 +33,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_whether_a_file_can_be_written_is_known_before_it_is(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    files.check_writable(path)
+    assert names(path.parent) == []
+    path.write_text("kept")
+    files.check_writable(path)
+    assert path.read_text() == "kept" and names(path.parent) == ["a.txt"]
+    with pytest.raises(OSError, match=r"was not written, .*; name a file in a folder that can be written"):
+        files.check_writable(path / "b.txt")
+    with pytest.raises(IsADirectoryError, match="new is a folder; name a file in it"):
+        files.check_writable(path.parent)
+
+
 def test_content_is_written_and_replaced_and_folders_are_made(tmp_path):
     path = tmp_path / "new" / "folder" / "a.txt"
     files.write(path, "grün\n")

@@ -79,11 +79,18 @@ def test_which_convolutions_are_patch_embeddings(module, is_one):
     assert is_patch_embedding(module) is is_one
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8, 8)])
-def test_wrong_images_are_named(shape):
-    embedding = PatchEmbedding.from_conv(nn.Conv2d(3, 32, 4, 4), 16)
-    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
-        embedding(torch.zeros(shape))
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (4, 8, 8), (3, 8), (2, 3, 3, 8), (3, 8, 3), (0, 3, 0, 0)])
+def test_wrong_images_are_named_where_the_convolution_refuses_them(shape):
+    conv = nn.Conv2d(3, 32, 4, 4)
+    with pytest.raises(RuntimeError):
+        conv(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\), or one image .* at least a patch of 4 x 4 pixels"):
+        PatchEmbedding.from_conv(conv, 16)(torch.zeros(shape))
+
+
+def test_one_image_needs_no_batch():
+    conv, image = nn.Conv2d(3, 32, 4, 4), torch.randn(3, 8, 13)
+    torch.testing.assert_close(PatchEmbedding.from_conv(conv, 16)(image), conv(image), rtol=1e-5, atol=1e-5)
 
 
 def test_is_traced_without_a_graph_break():

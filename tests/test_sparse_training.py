@@ -160,9 +160,20 @@ def test_functional_transforms_take_the_masked_layers_path():
     net, (x,) = model(), batches(1)
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     gradient = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().sum())
-    expected = gradient(parameters)
+    expected, forward = gradient(parameters), lambda: torch.func.jvp(net, (x,), (x,))
+    slopes = forward()
     train_sparse(net, adam(net), backend="gather")
     torch.testing.assert_close(gradient(parameters), expected)
+    torch.testing.assert_close(forward(), slopes)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(net(dual)).tangent, slopes[1])
+
+
+def test_a_model_on_the_meta_device_gives_shapes():
+    net = model()
+    train_sparse(net, adam(net), backend="auto")
+    assert net.to("meta")(torch.empty(3, 52, device="meta")).shape == (3, 40)
 
 
 def test_what_was_begun_can_be_ended():

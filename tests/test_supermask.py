@@ -343,6 +343,41 @@ def test_functional_transforms_give_autograds_gradients(kind, method):
     torch.testing.assert_close(torch.func.jacrev(net)(x), inputs)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_forward_mode_is_the_transpose_of_reverse_mode(kind, method):
+    net = small_net(kind, method)
+    x = torch.randn(5, 8, *([1, 1] if kind == "convolution" else [])).double()
+    values = {name: parameter.detach() for name, parameter in net.named_parameters()} | {"x": x}
+    directions = {name: torch.randn_like(value) for name, value in values.items()}
+
+    def loss(values):
+        parameters = {name: value for name, value in values.items() if name != "x"}
+        return torch.func.functional_call(net, parameters, (values["x"],)).square().sum()
+
+    value, slope = torch.func.jvp(loss, (values,), (directions,))
+    gradient = torch.func.grad(loss)(values)
+    torch.testing.assert_close(value, net(x).square().sum())
+    torch.testing.assert_close(slope, sum((gradient[name] * directions[name]).sum() for name in values))
+    with torch.autograd.forward_ad.dual_level():
+        dual = {n: torch.autograd.forward_ad.make_dual(v, directions[n]) for n, v in values.items()}
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent, slope)
+    once = x[:1]
+    expected = torch.autograd.functional.hessian(lambda x: net(x).square().sum(), once)
+    torch.testing.assert_close(torch.func.hessian(lambda x: net(x).square().sum())(once), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_an_ensemble_with_masks_of_their_own_is_one_call(kind, method):
+    nets = [small_net(kind, method) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(nets)
+    x = torch.randn(5, 8, *([1, 1] if kind == "convolution" else [])).double()
+    together = torch.vmap(lambda one: torch.func.functional_call(nets[0], one, (x,)))(parameters)
+    torch.testing.assert_close(together, torch.stack([net(x) for net in nets]))
+
+
 def test_a_weight_used_twice_gets_both_gradients():
     layer = SupermaskLinear(32, 32, sparsity=0.5, block_size=8, dtype=torch.float64)
     x = torch.randn(4, 32, dtype=torch.float64)
@@ -936,6 +971,10 @@ def test_bad_block_size(block_size, error):
     ("given", "message"),
     [
         (3, r"is 3; expected a name, a list of names, or a function of name and module"),
+        (
+            nn.Linear,
+            r"is the class Linear; .*=lambda name, module: type\(module\) is torch\.nn\.modules\.linear\.Linear",
+        ),
         (nn.Linear(2, 2), r"is Linear\(.*; expected a name"),
         (
             [lambda name, module: True],
@@ -1078,6 +1117,95 @@ def test_readers_are_found_through_methods_and_properties_and_from_further_up():
         sparsify(model, 0.5, 8, targets="*")
     named = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
     assert named == ["0.mlp.first", "0.method", "0.asset"]
+
+
+class WayToRead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.fcs = nn.Linear(16, 16), nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, x):
+        return x @ self.fc.weight
+
+
+class ByParent(WayToRead):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ByParentsName(WayToRead):
+    def forward(self, x):
+        return 2 * WayToRead.forward(self, x)
+
+
+class ByAlias(WayToRead):
+    def forward(self, x):
+        fc, weight = self.fc, None
+        weight = fc.weight if weight is None else weight
+        return x @ weight
+
+
+class ByIndex(WayToRead):
+    def forward(self, x):
+        return x @ self.fcs[0].weight
+
+
+class InALoop(WayToRead):
+    def forward(self, x):
+        for _, fc in enumerate(self.fcs):
+            x = x @ fc.weight.t()
+        return sum(x @ fc.weight for fc in self.fcs[:1])
+
+
+class ByGetattr(WayToRead):
+    def forward(self, x):
+        return x @ getattr(self, "fc").weight  # noqa: B009
+
+
+class OfAnotherName(WayToRead):
+    def forward(this, x):
+        return x @ this.fc.weight
+
+
+class Swin(torchvision.models.swin_transformer.ShiftedWindowAttention):
+    def __init__(self):
+        super().__init__(16, [4, 4], [0, 0], 2)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        (ByParent, "fc"),
+        (ByParentsName, "fc"),
+        (ByAlias, "fc"),
+        (ByIndex, "fcs.0"),
+        (InALoop, "fcs.0"),
+        (ByGetattr, "fc"),
+        (OfAnotherName, "fc"),
+        (Swin, "qkv"),
+    ],
+)
+def test_readers_are_found_however_they_come_to_the_layer(kind, layer):
+    with pytest.raises(ValueError, match=rf"\n  0\.{layer}: {kind.__name__} reads its weight instead of calling it"):
+        sparsify(nn.Sequential(kind()), 0.5, 8, targets=layer)
+
+
+class Asks(WayToRead):
+    def forward(self, x):
+        weight = self.fc.weight
+        x = self.fc(x.to(self.fc.weight).reshape(-1, weight.size(1)))
+        for fc in self.fcs:
+            x = fc(x.to(fc.weight.device))
+        return x
+
+
+def test_asking_a_weight_for_its_kind_is_not_reading_it():
+    model = sparsify(nn.Sequential(Asks()), 0.5, 8, targets="*")
+    assert list(supermask_layers(model)) == ["0.fc", "0.fcs.0"]
+    assert model(torch.randn(2, 16)).shape == (2, 16)
 
 
 def test_a_forward_without_a_source_is_taken_to_call_its_layers():

@@ -558,7 +558,7 @@ def test_resume_false_starts_anew(finished):
 def test_checkpoint_of_another_run_names_the_difference(finished, recipe, model, difference):
     path = finished[0]
     before = path.read_bytes()
-    with pytest.raises(train.CheckpointError, match=rf"run.pt belongs to another run: {difference}.*resume=False"):
+    with pytest.raises(train.CheckpointError, match=rf"run.pt belongs to another run: {difference}.*or delete it"):
         run(recipe, tiny_model(**model), checkpoint=path)
     assert path.read_bytes() == before
 
@@ -594,9 +594,7 @@ def test_damaged_checkpoint(finished, damage):
     else:
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[damage])
-    with pytest.raises(
-        train.CheckpointError, match=r"run.pt is truncated or no checkpoint .* delete it, or pass resume"
-    ):
+    with pytest.raises(train.CheckpointError, match=r"run.pt is truncated or no checkpoint .* delete it to train"):
         run(checkpoint=path)
 
 
@@ -655,6 +653,14 @@ def test_full_disk_leaves_the_old_checkpoint(finished):
         run(checkpoint=path, resume=False)
     assert path.read_bytes() == before
     assert run(checkpoint=path)[1] == history
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda *args: pytest.fail("trained"))
+    with pytest.raises(OSError, match=r"run\.pt was not written"):
+        run(model=model, checkpoint=tmp_path / "file" / "run.pt")
 
 
 # Bad input

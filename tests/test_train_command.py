@@ -1,6 +1,7 @@
 """The plain command, in one process; under a launcher see test_train_processes."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from test_train import tiny_data
 
 import blockvit
 from blockvit import data, models, train
-from blockvit.attention import expose_projections
 from blockvit.train import command, weights
 from blockvit.train.recipe import RECIPES
 
@@ -71,10 +71,18 @@ def test_a_dense_model_is_written_as_it_is(tmp_path, few_digits):
 
 def test_masks_without_a_block_of_zeros_are_written_as_a_state_dict(tmp_path, few_digits):
     assert run(*QUICK, "--sparsity", 0, "--block-size", 16, "--output", tmp_path) == 0
-    model = expose_projections(models.create("vit_digits"))
+    model = models.create("vit_digits")  # as its attention was before it was replaced
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     top1 = torch.load(tmp_path / "checkpoint.pt")["history"][-1]["test_top1"]
     assert train.evaluate(model, few_digits.test)["top1"] == pytest.approx(top1)
+    assert run(*QUICK, "--weights", tmp_path / "model.safetensors", "--output", tmp_path / "next") == 0
+
+
+def test_a_block_sparse_model_is_no_weights_to_begin_with(tmp_path, capsys):
+    assert run(*QUICK, "--sparsity", 0.5, "--block-size", 16, "--output", tmp_path) == 0
+    assert run(*QUICK, "--weights", tmp_path / "model.safetensors", "--output", tmp_path / "next") == 1
+    message = "model.safetensors is a block-sparse model, for blockvit.load, and a training begins with dense weights"
+    assert message in capsys.readouterr().err
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -187,6 +195,13 @@ def test_a_field_is_read_by_its_type(words, field, value):
         (["--epochs", "none"], "'none'; expected int"),
         (["--lr", "-1"], "recipe: lr is -1.0; expected a positive number"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--device", "foo"], "argument --device: 'foo' is not here; expected one of cpu"),
+        (["--device", "cuda:99"], "'cuda:99' is not here"),
+        (["--compile", "bogus"], "argument --compile: Unrecognized mode=bogus, should be one of: default"),
+        (["--seed", "100000000000000000000"], "recipe: seed is 100000000000000000000; expected a number below 2**63"),
+        (["--workers", "-1"], "argument --workers: '-1'; expected a number, 0 or more"),
+        (["--targets", "mlp"], "--targets without --sparsity, of a dense training without masks"),
+        (["--method", "spartan", "--scores", "constant"], "--method, --scores without --sparsity"),
     ],
 )
 def test_wrong_words_are_told_before_anything_is_read(words, message, capsys, tmp_path):
@@ -204,6 +219,28 @@ def test_what_the_user_can_mend_is_told_in_a_line(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(command.data, "load", lambda *args, **kwargs: splits)
     assert run(*QUICK, "--output", tmp_path) == 1
     assert "fewer than one batch of 128" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "fit", lambda *args, **kwargs: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert run(*QUICK, "--output", tmp_path / "file" / "run") == 1
+    assert "NotADirectoryError" in (message := capsys.readouterr().err) and "name a file in a folder that" in message
+    (tmp_path / "run" / "checkpoint.pt").mkdir(parents=True)
+    assert run(*QUICK, "--output", tmp_path / "run", "--resume") == 1
+    assert "checkpoint.pt is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["blockvit.train", "blockvit.published"])
+@pytest.mark.parametrize("missing", ["pandas", "tqdm"])
+def test_python_m_without_the_studys_packages_tells_how_to_install_them(tmp_path, module, missing):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})")
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent / "lib")])
+    words = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"ModuleNotFoundError: {missing} is not installed") and "pip install '.[study]'" in last
 
 
 def test_python_m(tmp_path):

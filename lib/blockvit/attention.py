@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -198,6 +199,27 @@ def rename_packed_projection(
             state_dict[f"{prefix}{part}_proj.weight"] = state_dict.pop(f"{prefix}{part}_proj_weight")
 
 
+def packed_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict()``, its attention's entries named and packed as ``nn.MultiheadAttention`` has them.
+
+    A model whose attention was never replaced loads it. Masks and block-sparse parts are left as they are named.
+    """
+    state = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, MultiheadAttention):
+            continue
+        prefix = f"{name}." if name else ""
+        for tensor, packed in {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}.items():
+            if f"{prefix}{tensor}" in state:
+                state[f"{prefix}{packed}"] = state.pop(f"{prefix}{tensor}")
+        for part in "qkv":
+            if f"{prefix}{part}_proj.weight" in state:
+                state[f"{prefix}{part}_proj_weight"] = state.pop(f"{prefix}{part}_proj.weight")
+        if f"{prefix}q_proj.bias" in state:
+            state[f"{prefix}in_proj_bias"] = torch.cat([state.pop(f"{prefix}{part}_proj.bias") for part in "qkv"])
+    return state
+
+
 def _is_replaceable(module: nn.Module) -> bool:
     plain = type(module) is nn.MultiheadAttention and not is_hooked(module)
     return plain and module.bias_k is None and not module.add_zero_attn
@@ -222,8 +244,10 @@ def exposed_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def expose_projections(model: nn.Module) -> nn.Module:
+def expose_projections(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
     """Replace every ``nn.MultiheadAttention`` below ``model`` by one with real modules, in place; same outputs.
+
+    ``only``: the names of those to replace, if not all.
 
     Subclasses stay as they are, because they may compute otherwise, and so do those with hooks, ``add_bias_kv`` or
     ``add_zero_attn``: to mask their ``out_proj`` is an error, see ``targets.obstacles``. PyTorch's fused inference
@@ -235,6 +259,7 @@ def expose_projections(model: nn.Module) -> nn.Module:
     """
     _check_not_attention(model)
     found = [name for name, module in model.named_modules(remove_duplicate=False) if _is_replaceable(module)]
+    found = [name for name in found if only is None or name in only]
     replace_modules(model, dict.fromkeys(found, MultiheadAttention.from_torch))
     turn_off_fused_paths(model)
     return model

@@ -19,13 +19,13 @@ import safetensors
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from . import files
+from . import architecture, files
 from .attention import MultiheadAttention, expose_projections, turn_off_fused_paths
 from .bsr import BSRMatrix
 from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
-from .models import num_classes
 from .patches import PatchEmbedding, is_patch_embedding
 from .replace import all_or_nothing, replace_modules
 
@@ -53,7 +53,7 @@ def save(
     """Write a block-sparse ``model`` to ``path`` (``.safetensors``), atomically; returns the path.
 
     Args:
-        model: what ``to_block_sparse`` returned.
+        model: what ``to_block_sparse`` returned; wrapped by ``torch.compile`` or ``DistributedDataParallel`` or not.
         path: the file to write; its folder is made.
         source: what the model was made from, a checkpoint file or a state dict. Its hash is kept, so that ``load`` can
             tell a cached conversion of this checkpoint from one of another.
@@ -61,6 +61,7 @@ def save(
     Raises:
         ValueError: the model has no block-sparse layer.
     """
+    model = _unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     sparse = {name: m for name, m in modules.items() if isinstance(m, BlockSparseLinear)}
     if not sparse:
@@ -69,8 +70,8 @@ def save(
         "format": FORMAT,
         "versions": {"torch": torch.__version__},
         "model": type(model).__name__,
-        "architecture": _architecture(model),
-        "attention": any(isinstance(m, MultiheadAttention) for m in model.modules()),
+        "architecture": architecture.arguments_of(model),
+        "attention": [name for name, m in modules.items() if isinstance(m, MultiheadAttention)],
         "source_sha256": None if source is None else sha256(source),
         "layers": {
             name: {
@@ -95,45 +96,15 @@ def save(
     return path
 
 
-# What torchvision's VisionTransformer keeps of its arguments under their own names.
-_VIT_ARGUMENTS = (
-    "image_size",
-    "patch_size",
-    "hidden_dim",
-    "mlp_dim",
-    "dropout",
-    "attention_dropout",
-    "representation_size",
-)
-
-
-def _architecture(model: nn.Module) -> dict[str, Any] | None:
-    """The arguments that build a torchvision ``VisionTransformer`` like ``model``; None for anything else."""
-    import torchvision
-
-    if type(model) is not torchvision.models.VisionTransformer:
-        return None
-    embedding = model.conv_proj
-    channels = {nn.Conv2d: "in_channels", PatchEmbedding: "channels"}.get(type(embedding))
-    if channels is None or getattr(embedding, channels) != 3:
-        return None
-    norm = model.norm_layer  # another one, or another epsilon, would be built wrongly without a word
-    if not isinstance(norm, partial) or (norm.func, norm.args, norm.keywords) != (nn.LayerNorm, (), {"eps": 1e-6}):
-        return None
-    if (classes := num_classes(model)) is None:
-        return None
-    arguments = {name: getattr(model, name) for name in _VIT_ARGUMENTS}
-    arguments["num_classes"] = classes
-    arguments["num_layers"] = len(model.encoder.layers)
-    arguments["num_heads"] = model.encoder.layers[0].num_heads
-    return arguments
-
-
-def _build(architecture: dict[str, Any]) -> nn.Module:
-    import torchvision
-
-    with torch.device("meta"):  # every tensor comes from the file: drawing random weights first would take longer
-        return torchvision.models.VisionTransformer(**architecture)
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what only calls it: its names are those that another model of the kind has."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; to ask for its class would import the compiler
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -185,8 +156,8 @@ def load(
 
     Args:
         path: the file.
-        model: a dense model of the same architecture, replaced in place. Not needed for torchvision's
-            ``VisionTransformer``, which is built from the file.
+        model: a dense model of the same architecture, replaced in place, wrapped or not. Not needed for torchvision's
+            ``VisionTransformer``, which is built from the file, unless modules, settings or hooks of it were changed.
         backend: ``"auto"``, the preferred one on this machine, or a backend's name.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.
@@ -195,11 +166,12 @@ def load(
         FileNotFoundError: no such file.
         IsADirectoryError: it is a folder.
         ValueError: the file is truncated, foreign, made from another source, or of another architecture than
-            ``model``, which is then as it was; or ``model`` is needed and missing.
+            ``model``, which is then as it was; ``model`` is needed and missing; or it is on the meta device, and not
+            all of it is in the file.
         BackendUnavailableError: the backend asked for cannot run here.
     """
     check_fuse(fuse_mlp)
-    path = Path(path)
+    path, wrapped = Path(path), model
     metadata, tensors = _read(path, with_tensors=True)
     if source is not None and metadata["source_sha256"] != sha256(source):
         raise ValueError(
@@ -212,11 +184,14 @@ def load(
                 f"{path} holds a {metadata['model']}, which cannot be built from the file alone; "
                 "pass a dense model of that architecture: blockvit.load(path, model)"
             )
-        model = _build(metadata["architecture"])
+        model = architecture.build(metadata["architecture"])
+    else:
+        model = _unwrapped(model)
     assign = _is_meta(model)
     with all_or_nothing(model):
-        if metadata["attention"]:
-            expose_projections(model)
+        exposed = metadata["attention"]  # names; of older files whether all are
+        if exposed:
+            expose_projections(model, None if exposed is True else exposed)
         try:
             _place_layers(model, metadata, tensors, backend)
         except AttributeError as error:
@@ -228,6 +203,11 @@ def load(
         problems = mismatches(model, tensors)
         if problems:
             raise ValueError(f"{path} is of another architecture than {type(model).__name__}:\n" + "\n".join(problems))
+        if empty := [name for name, tensor in model.named_buffers() if tensor.is_meta and name not in tensors]:
+            raise ValueError(
+                f"{type(model).__name__} is on the meta device, and its buffers {', '.join(empty)} are in no file "
+                "(they are not persistent); make the model on the CPU: blockvit.load(path, model)"
+            )
     turn_off_fused_paths(model)
     if not assign:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -236,7 +216,8 @@ def load(
     placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
     model.load_state_dict(rest, strict=False, assign=assign)
-    return fuse_mlps(model.eval(), fuse_mlp)
+    fuse_mlps(model.eval(), fuse_mlp)
+    return model if wrapped is None else wrapped.eval()
 
 
 def _is_meta(model: nn.Module) -> bool:
@@ -261,9 +242,10 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
         device = next((t.device for t in _state(old).values() if t.device.type != "meta"), torch.device("cpu"))
         parts = [tensors[f"{name}.{part}"].to(device) for part in ("crow_indices", "col_indices", "values")]
         bias = tensors[f"{name}.bias"].to(device) if f"{name}.bias" in tensors else None
+        learnt = getattr(old, "bias", None) is None or old.bias.requires_grad
         return BlockSparseLinear(
             BSRMatrix(*parts, tuple(layer["shape"])).check_indices(),
-            None if bias is None else nn.Parameter(bias, requires_grad=bias.is_floating_point()),
+            None if bias is None else nn.Parameter(bias, requires_grad=learnt and bias.is_floating_point()),
             backend=backend,
             activation=layer["activation"],
         )
@@ -276,7 +258,8 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
                 f"the file is of another architecture than {type(model).__name__}: {name} embeds patches by "
                 f"{(out, channels, patch_size, patch_size)} in the file, {there} in the model"
             )
-        linear = nn.Linear(features, out, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        linear = nn.Linear(features, out, bias=False, device=old.weight.device, dtype=old.weight.dtype)
+        linear.bias = old.bias
         placed = place(f"{name}.linear", metadata["layers"][f"{name}.linear"], linear)
         return PatchEmbedding(placed, channels, patch_size)
 
@@ -286,9 +269,31 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
     replacements = {
         **{name: partial(place_patches, name, *sizes) for name, sizes in embeddings.items()},
         **{name: partial(place, name, layer) for name, layer in layers.items()},
-        **{name: lambda _: nn.Identity() for name in metadata["identities"]},
+        **dict.fromkeys(_fused_gelus(model, metadata), lambda _: nn.Identity()),
     }
     replace_modules(model, replacements)
+
+
+def _fused_gelus(model: nn.Module, metadata: dict[str, Any]) -> list[str]:
+    """The ``nn.GELU`` modules of ``model`` in whose place the file's model has an identity.
+
+    The file names every identity there was. Others, such as a head left out or a path never dropped, are the model's
+    own affair.
+    """
+    found = []
+    for name in metadata["identities"]:
+        own, parent = model.get_submodule(name), name.rpartition(".")[0]
+        siblings = list(model.get_submodule(parent)._modules)
+        before = siblings[: siblings.index(name.rpartition(".")[2])][-1:]
+        layer = metadata["layers"].get(".".join([parent, *before]).lstrip("."), {})
+        if type(own) is nn.GELU:
+            found.append(name)
+        elif type(own) is not nn.Identity and layer.get("activation"):
+            raise ValueError(
+                f"the file is of another architecture than {type(model).__name__}: {name} is an nn.GELU that the layer "
+                f"before it applies in the file, {own} in the model"
+            )
+    return found
 
 
 def mismatches(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

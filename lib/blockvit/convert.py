@@ -19,7 +19,7 @@ from .kernels import cpu, named, resolve
 from .linear import BlockSparseLinear, dense_warning
 from .masks import block_mask, check_scores, expand_mask
 from .mlp import GELU, check_fuse, fuse_mlps
-from .obstacles import obstacles
+from .obstacles import is_used_in_parts, obstacles
 from .patches import PatchEmbedding, beats_convolution, is_patch_embedding
 from .replace import check_not_hooked, is_hooked, replace_modules
 from .supermask import SupermaskLinear, conv_arguments, supermask_layers
@@ -34,8 +34,11 @@ def fold(model: nn.Module) -> nn.Module:
     order), so it is the sparsity in force that is folded (see ``set_sparsity``). Biases are shared with the masked
     layers, weights are new. Attention stays as ``expose_projections`` made it.
 
-    Warns of masked layers that have never been called while others have: something may read their weights, past the
-    masks.
+    The state dict names the projections so too (``qkv.weight``); ``attention.packed_state_dict`` gives the names of
+    ``nn.MultiheadAttention`` back.
+
+    Warns of masked layers that have never been called while others have, or while the model has gradients: something
+    may read their weights, past the masks.
 
     Raises:
         ValueError: the model has no supermask, scores are NaN, or a masked layer has hooks.
@@ -45,18 +48,20 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no supermask layers to fold; call blockvit.sparsify(model) first")
     for layer in masked.values():
         check_scores(layer.block_scores())
+    was_trained = any(parameter.grad is not None for parameter in model.parameters())
     replace_modules(model, dict.fromkeys(masked, _folded))
-    _warn_of_uncalled(masked)
+    _warn_of_uncalled(masked, was_trained)
     return model
 
 
-def _warn_of_uncalled(masked: Mapping[str, nn.Module]) -> None:
+def _warn_of_uncalled(masked: Mapping[str, nn.Module], was_trained: bool) -> None:
     # No error: a branch that was never taken, as in a model of which only the features were asked for, looks the same.
     # And a model that has just been loaded has called none.
     uncalled = [name for name, layer in masked.items() if not layer.was_called]
-    if uncalled and len(uncalled) < len(masked):
+    if uncalled and (len(uncalled) < len(masked) or was_trained):
+        though = "others were" if len(uncalled) < len(masked) else "the model has gradients"
         warnings.warn(
-            f"these masked layers were never called, though others were: {', '.join(uncalled)}. If the model reads "
+            f"these masked layers were never called, though {though}: {', '.join(uncalled)}. If the model reads "
             "their weights without calling them, their masks had no effect until now and folding changes the outputs: "
             "leave them out of blockvit.sparsify with skip=. If they were only not needed, nothing is wrong",
             stacklevel=4,  # at the call of fold, which no_grad wraps
@@ -193,7 +198,8 @@ def to_block_sparse(
         targets: which layers to look at, in the language of ``sparsify``; None means every ``nn.Linear``.
         skip: layers to leave dense, in the same language. None: none.
         min_sparsity: leave layers dense whose fraction of zero blocks is below this.
-        fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it.
+        fuse_gelu: in an ``nn.Sequential``, let a converted layer apply the ``nn.GELU`` that follows it. Not in one that
+            a ``forward`` above indexes, slices, iterates or hands on, as far as its source tells.
         fuse_mlp: make a ``BlockSparseMLP``, which can run as one kernel, of each ``nn.Sequential`` that begins with two
             converted layers: ``"auto"`` where that kernel runs here and now (both layers on the ``"triton"`` backend),
             True also for a model that is yet to be moved to a GPU, False nowhere.
@@ -303,9 +309,14 @@ def _place_dense(
 def _fuse_gelu(model: nn.Module) -> None:
     # A layer that stands in several places is followed by the GELU in one of them only. And a subclass of
     # nn.Sequential with its own forward may do anything between two children. Hooks are owed the values in between.
+    # Nor may a forward above call a layer and put something between it and the GELU.
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
-    plain = [m for m in model.modules() if type(m).forward is nn.Sequential.forward and "forward" not in vars(m)]
-    for sequence in plain:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain = {n: m for n, m in modules.items() if type(m).forward is nn.Sequential.forward and "forward" not in vars(m)}
+    taken_apart = {id(sequence) for name, sequence in plain.items() if is_used_in_parts(name, modules)}
+    for sequence in plain.values():
+        if id(sequence) in taken_apart:
+            continue
         children = list(sequence._modules.items())  # not named_children(), which names a shared child once
         for (_, layer), (name, follower) in pairwise(children):
             fusable = isinstance(layer, BlockSparseLinear) and layer.activation is None and places[id(layer)] == 1

@@ -89,6 +89,18 @@ def replacing(path: str | os.PathLike[str], *, size: int | None = None) -> Itera
             unfinished.unlink(missing_ok=True)
 
 
+class _Enough(Exception):
+    pass
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ``OSError`` as ``replacing`` would, before there is anything to write; folders on the way are made."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; name a file in it")
+    with suppress(_Enough), replacing(path):
+        raise _Enough
+
+
 @contextmanager
 def locked(path: str | os.PathLike[str], *, shared: bool = False, wait: bool = True) -> Iterator[io.FileIO | None]:
     """Hold a file or a folder against every other process that asks for it here; gives the file, open and unbuffered.

@@ -29,6 +29,11 @@ def dense_warning(layer: BlockSparseLinear) -> str:
     )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is at work on ``device``; PyTorch raises where there is none to ask for."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 class BlockSparseLinear(nn.Module):
     """``activation(x @ W.T + bias)`` with a frozen block-sparse ``W``.
 
@@ -225,7 +230,7 @@ class BlockSparseLinear(nn.Module):
         """``x``: ``(..., in_features)``, any strides -> ``(..., out_features)``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input's last size is {x.shape[-1]}; expected in_features={self.in_features}")
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device):
             # The packed weight has one dtype; casting it in every call, as autocast would, costs more than it saves.
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.to(self._held.dtype))

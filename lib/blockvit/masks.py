@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transforms import inside_functorch, needs_plain_operators
+
 
 def check_sparsity(sparsity: float) -> float:
     """Return ``sparsity`` as a ``float``; no number (``TypeError``) or outside [0, 1) (``ValueError``) raises."""
@@ -49,12 +51,13 @@ def block_mask(scores: Tensor, sparsity: float) -> Tensor:
 def highest(scores: Tensor, kept: int | Tensor) -> Tensor:
     """As ``block_mask``, for a number of blocks to keep; it may be a tensor, for compiled code in which it changes."""
     scores = scores.detach()
-    if scores.device.type == "cpu" and isinstance(kept, int) and not torch.compiler.is_compiling():
+    looks = scores.device.type == "cpu" and not torch.compiler.is_compiling() and not inside_functorch()  # at values
+    if looks and isinstance(kept, int):
         check_scores(scores)
         return _above_threshold(scores.flatten(), kept).view_as(scores)
     order = scores.flatten().sort(descending=True, stable=True).indices
     among_first = torch.arange(scores.numel(), device=scores.device) < kept
-    return torch.empty_like(among_first).scatter_(0, order, among_first).view_as(scores)
+    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, among_first).view_as(scores)
 
 
 def _above_threshold(scores: Tensor, kept: int) -> Tensor:
@@ -227,7 +230,14 @@ def multiply_blocks(
         grad_factor: of the weight's gradient; None: ``factor``.
         dense_gradient: leave the weight's gradient as it is, whatever the factors.
     """
-    return _MultiplyBlocks.apply(weight, scores, factor, grad_factor, dense_gradient, block_size)
+    if not needs_plain_operators():
+        return _MultiplyBlocks.apply(weight, scores, factor, grad_factor, dense_gradient, block_size)
+    # In forward mode too. A `jvp` of the function would say the same, and keep torch.compile from tracing it.
+    passed = factor if grad_factor is None and not dense_gradient else grad_factor
+    product = weight if passed is None else scale_blocks(weight, passed, block_size)
+    if passed is not factor:
+        product = product + (scale_blocks(weight, factor, block_size) - product).detach()
+    return product if scores is None else product + scale_blocks(weight, scores - scores.detach(), block_size)
 
 
 def gradients_from_(
@@ -335,13 +345,13 @@ def soft_top_k(values: Tensor, kept: Tensor, sharpness: Tensor) -> Tensor:
         sharpness: a tensor without dimensions; the larger it is, the closer to the hard mask.
     """
     z = sharpness * (values if values.dtype == torch.float64 else values.float())
-    with torch.no_grad():
-        shift = _soft_top_k_shift(z.flatten(), kept)
-        soft = torch.sigmoid(z + shift)
-        slope = soft * (1 - soft)
-        share = slope / slope.sum().clamp_min(torch.finfo(slope.dtype).tiny)
+    fixed = z.detach()  # which forward mode heeds; it does not heed no_grad
+    shift = _soft_top_k_shift(fixed.flatten(), kept)
+    soft = torch.sigmoid(fixed + shift)
+    slope = soft * (1 - soft)
+    share = slope / slope.sum().clamp_min(torch.finfo(slope.dtype).tiny)
     # The sum stays: what the sigmoids would gain together, the shift takes off. Its value does not change by this.
-    shift = shift - (share * (z - z.detach())).sum()
+    shift = shift - (share * (z - fixed)).sum()
     return torch.sigmoid(z + shift).where(kept < values.numel(), 1).to(values.dtype)  # an infinite shift keeps all
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import textwrap
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from .sources import stands_among, uses
 
 
 def obstacles(modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]) -> dict[str, str]:
@@ -39,52 +36,31 @@ def _obstacle(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> 
     return None
 
 
-_METADATA = ("dtype", "device", "shape", "ndim", "requires_grad", "is_meta")
-"""What a module may ask of a layer's weight without computing with it."""
-
-
 def _reader(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module | None:
     """The module above ``layer`` whose ``forward`` computes with its weight, as far as the source tells."""
-    parts = name.split(".")
-    for depth in reversed(range(len(parts))):
-        holder = modules.get(".".join(parts[:depth]))
-        if holder is not layer and ".".join(parts[depth:]) in _layers_read_by(holder):
-            return holder
-    return None
+    above = _holders(name, modules)
+    return next((m for m, rest in above if m is not layer and stands_among(rest, _layers_read_by(m))), None)
 
 
-def _layers_read_by(module: nn.Module | None) -> frozenset[str]:
+def _layers_read_by(module: nn.Module) -> frozenset[str]:
     if isinstance(module, nn.MultiheadAttention):  # a subclass: others have been replaced by one that calls it
         return frozenset({"out_proj"})
-    if module is None or isinstance(module, nn.TransformerEncoderLayer):  # its fused path is turned off
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):  # their fused paths are turned off
         return frozenset()
-    return _layers_read_in(type(module))
+    return uses(type(module)).weights
 
 
-@cache
-def _layers_read_in(kind: type[nn.Module]) -> frozenset[str]:
-    """Names, below a module of ``kind``, of what its ``forward`` and the methods that this calls read a weight of."""
-    read, known, ahead = set(), set(), ["forward"]
-    while ahead:
-        known.add(method := ahead.pop())
-        attributes = [node for node in ast.walk(_source_of(kind, method)) if isinstance(node, ast.Attribute)]
-        asked = {id(node.value) for node in attributes if node.attr in _METADATA}
-        for node in attributes:
-            holder = ast.unparse(node.value)
-            if node.attr == "weight" and id(node) not in asked and re.fullmatch(r"self(\.\w+)+", holder):
-                read.add(holder.removeprefix("self."))
-            elif holder == "self" and node.attr not in known and not hasattr(nn.Module, node.attr):
-                ahead.append(node.attr)
-    return frozenset(read)
+def is_used_in_parts(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a ``forward`` above the module called ``name`` may call one part of it without another."""
+    return any(stands_among(rest, uses(type(holder)).parts) for holder, rest in _holders(name, modules))
 
 
-def _source_of(kind: type, name: str) -> ast.AST:
-    """A method or property as its source has it; empty if it is neither, or there is no source at hand."""
-    found = inspect.getattr_static(kind, name, None)
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(found.fget if isinstance(found, property) else found)))
-    except (OSError, TypeError, SyntaxError):
-        return ast.Module([], [])
+def _holders(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """The modules above ``name``, the nearest first, each with what ``name`` is below it."""
+    parts = name.split(".")
+    for depth in reversed(range(len(parts) if name else 0)):
+        if (holder := modules.get(".".join(parts[:depth]))) is not None:
+            yield holder, ".".join(parts[depth:])
 
 
 def _remedy(layer: nn.Module, tensor: str) -> str:

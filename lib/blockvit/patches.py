@@ -31,7 +31,9 @@ def is_patch_embedding(conv: nn.Module) -> bool:
 class PatchEmbedding(nn.Module):
     """``(N, channels, H, W)`` -> ``(N, out, H // patch, W // patch)`` through a linear layer over patches.
 
-    The same as the convolution that it was made from, also where the patches do not cover the whole image.
+    The same as the convolution that it was made from, also where the patches do not cover the whole image, and of one
+    image without a batch. The result lies in memory as in ``torch.channels_last``, each patch's outputs side by side:
+    so it is made, and so a ViT reads it. A convolution's does for images that lie so.
 
     Args:
         linear: ``(out, channels * patch * patch)``.
@@ -52,11 +54,14 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        if images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(
-                f"the input has shape {tuple(images.shape)}; expected (N, {self.channels}, H, W), images in a batch"
-            )
         p = self.patch_size
+        if images.ndim not in (3, 4) or images.shape[-3] != self.channels or min(images.shape[-2:]) < p:
+            raise ValueError(
+                f"the input has shape {tuple(images.shape)}; expected (N, {self.channels}, H, W), or one image without "
+                f"N, of at least a patch of {p} x {p} pixels"
+            )
+        if images.ndim == 3:
+            return self.forward(images.unsqueeze(0)).squeeze(0)
         rows, columns = images.shape[2] // p, images.shape[3] // p
         images = images[:, :, : rows * p, : columns * p]
         patches = images.reshape(images.shape[0], self.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)

@@ -17,18 +17,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
-from . import bench, data, models, results, superblock
+from . import data, models, superblock
 from .convert import layer_fates, to_block_sparse
+from .extras import of_the_study
 from .files import check_file
 from .linear import BlockSparseLinear
 from .machine import usable_cores
 from .supermask import BLOG_TARGETS
 from .targets import name_matches
-from .train import evaluate as top1_of
+
+with of_the_study():
+    import pandas as pd
+
+    from . import bench, results
+    from .train import evaluate as top1_of
 
 RECIPE = "published checkpoint"
 """The ``recipe`` of its rows, in the tables."""

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .kernels.registry import constant_in_graphs
+from .linear import autocasts
 from .masks import gradients_from_, num_kept
 from .supermask import SupermaskLinear, supermask_layers
-from .transforms import inside_functorch
+from .transforms import needs_plain_operators
 
 WEIGHT_GRADS = ("dense", "kept")
 """What of the weight's gradient is computed between refreshes of the mask; see ``train_sparse``."""
@@ -193,11 +194,11 @@ class SparseSupermaskLinear(SupermaskLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
         self.was_called = True
-        casts = torch.is_autocast_enabled(x.device.type) and self.weight.dtype != torch.float64
+        casts = autocasts(x.device) and self.weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if casts else self.weight.dtype
         backend = _resolve(self.requested_backend, x.device, dtype, self.block_size, self.sparsity)
         fits = x.numel() > 0 and x.shape[-1] == self.in_features and (casts or x.dtype == dtype)
-        if not (self.training and fits) or backend == "dense" or inside_functorch():
+        if not (self.training and fits) or backend == "dense" or needs_plain_operators():
             return super().forward(x)  # which says what is wrong with an input that does not fit
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, self.in_features).to(dtype)

@@ -34,7 +34,7 @@ from .masks import (
 )
 from .replace import check_not_hooked, replace_modules
 from .targets import Targets, matching, per_layer
-from .transforms import inside_functorch
+from .transforms import needs_plain_operators
 
 BLOG_TARGETS = ("mlp", "out_proj", "head")
 """What the blog post masks in a ViT: both MLP layers, the attention's output projection, the classification head."""
@@ -273,7 +273,7 @@ class SupermaskLinear(_Supermask, nn.Linear):
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
-            and not inside_functorch()
+            and not needs_plain_operators()
         )
 
 

@@ -70,6 +70,11 @@ def _is_a(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _named_by(targets: Targets, layers: Mapping[str, nn.Module], what: str) -> dict[str, nn.Module]:
+    if isinstance(targets, type):
+        raise TypeError(
+            f"{what} is the class {targets.__name__}; to choose layers by their class, pass a function: "
+            f"{what}=lambda name, module: type(module) is {targets.__module__}.{targets.__qualname__}"
+        )
     if callable(targets) and not isinstance(targets, nn.Module):
         return {name: module for name, module in layers.items() if targets(name, module)}
     if not isinstance(targets, Iterable):

@@ -19,15 +19,18 @@ the epoch's number. So a run that was killed and resumed does what an uninterrup
 after each epoch, needs no generator states.
 """
 
-from .batches import epoch_order
-from .cost import days_on_nodes, grid_cost
-from .evaluation import evaluate
-from .launcher import launch
-from .loop import History, NonFiniteLossError, fit
-from .optimizer import ema_decay, parameter_groups
-from .recipe import RECIPES, Recipe, recipe_for
-from .resume import CheckpointError
-from .schedule import learning_rate, sparsity_share
+from ..extras import of_the_study
+
+with of_the_study():
+    from .batches import epoch_order
+    from .cost import days_on_nodes, grid_cost
+    from .evaluation import evaluate
+    from .launcher import launch
+    from .loop import History, NonFiniteLossError, fit
+    from .optimizer import ema_decay, parameter_groups
+    from .recipe import RECIPES, Recipe, recipe_for
+    from .resume import CheckpointError
+    from .schedule import learning_rate, sparsity_share
 
 __all__ = [
     "RECIPES",

@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from .. import checkpoint, data, files, models
+from ..attention import packed_state_dict
 from ..convert import fold, layer_fates, to_block_sparse
 from ..machine import usable_cores
 from ..supermask import BLOG_TARGETS, METHODS, SCORES, sparsify, supermask_layers
@@ -48,6 +49,9 @@ The output folder gets checkpoint.pt and curve.csv after each epoch, and at the 
 layers that hold zero blocks in block-sparse form, for blockvit.load; of a dense model the plain state dict.
 """
 
+MASKS = {"targets": BLOG_TARGETS, "method": "supermask", "scores": "kaiming"}
+"""Options that say nothing without ``--sparsity``, and what they are if left out."""
+
 METAVARS = {"int": "N", "float": "X", "str": "NAME", "bool": "true|false"}
 
 
@@ -70,17 +74,21 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     what.add_argument("--sparsity", type=float, metavar="S", help="fraction of blocks to drop; left out: dense")
     what.add_argument("--block-size", type=int, default=32, metavar="N", help="edge length of blocks (default: 32)")
-    what.add_argument("--targets", nargs="+", default=BLOG_TARGETS, metavar="NAME", help="default: mlp out_proj head")
-    what.add_argument("--method", default="supermask", choices=METHODS, help="what decides which blocks stay")
-    what.add_argument("--scores", default="kaiming", choices=SCORES, help="how scores start (default: kaiming)")
+    masks = one.add_argument_group("its masks, with --sparsity", argument_default=argparse.SUPPRESS)
+    masks.add_argument("--targets", nargs="+", metavar="NAME", help="default: mlp out_proj head")
+    masks.add_argument("--method", choices=METHODS, help="what decides which blocks stay (default: supermask)")
+    masks.add_argument("--scores", choices=SCORES, help="how scores start (default: kaiming)")
 
     how = one.add_argument_group("how to run")
     how.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for checkpoint, curve, model")
     how.add_argument("--resume", action="store_true", help="go on from the output folder's checkpoint if it has one")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    how.add_argument("--workers", type=int, metavar="N", help="decoding processes for each training process")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    how.add_argument("--device", type=_device, default=here, help="default: %(default)s")
+    how.add_argument("--workers", type=_count, metavar="N", help="decoding processes for each training process")
     how.add_argument("--accumulate", type=int, metavar="N", help="forward passes that each process makes in a step")
-    how.add_argument("--compile", nargs="?", const=True, default=False, metavar="MODE", help="use torch.compile")
+    how.add_argument(
+        "--compile", type=_mode, nargs="?", const=True, default=False, metavar="MODE", help="use torch.compile"
+    )
     how.add_argument("--eval-every", type=int, default=1, metavar="N", help="epochs between evaluations (default: 1)")
 
     about = _attributes_of(Recipe)
@@ -120,6 +128,29 @@ def _reader(annotation: str) -> Any:
     return read_or_tell
 
 
+def _device(text: str) -> str:
+    """A device that there is; it is not touched, because each of several processes takes a GPU of its own."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    others = [] if kind is None else [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if text not in ("cpu", *others, *(other.partition(":")[0] for other in others)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not here; expected one of {', '.join(['cpu', *others])}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, 0 or more")
+    return int(text)
+
+
+def _mode(text: str) -> str:
+    try:
+        torch.compile(nn.Identity(), mode=text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _attributes_of(cls: type) -> dict[str, str]:
     """What a dataclass's docstring says of each attribute."""
     text = " ".join(cls.__doc__.partition("Attributes:")[2].partition("Raises:")[0].split())
@@ -137,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = _recipe(args)
     except ValueError as error:
         one.error(str(error))
+    if args.sparsity is None and (idle := [f"--{name}" for name in MASKS if name in args]):
+        one.error(f"{', '.join(idle)} without --sparsity, of a dense training without masks; pass --sparsity too")
     processes = None
     try:
         processes = join(args.device)
@@ -167,6 +200,7 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
     exists = processes.on_main(state.exists)
     if exists and not args.resume:
         raise FileExistsError(f"{state} exists; pass --resume to go on from it, or another --output")
+    processes.on_main(lambda: files.check_writable(state))
     with processes.main_first():
         splits = data.load(args.dataset, args.data, download=True, cache_dir=args.output / "datasets")
     torch.manual_seed(recipe.seed)
@@ -180,9 +214,9 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
                 "leave out --distillation-alpha, or pass weights that were trained on this data"
             )
     teacher = copy.deepcopy(model) if recipe.distillation_alpha and args.weights is not None else None
-    if args.sparsity is not None:
-        settings = {"targets": args.targets, "method": args.method, "scores": args.scores}
-        sparsify(model, args.sparsity, args.block_size, **settings)
+    masks = {} if args.sparsity is None else {name: getattr(args, name, value) for name, value in MASKS.items()}
+    if masks:
+        sparsify(model, args.sparsity, args.block_size, **masks)
     accumulate = accumulation(recipe.batch_size, processes.count, args.accumulate)
     in_memory = isinstance(splits.train, data.ImageTensors)
     workers = _workers(processes.count) if args.workers is None else args.workers
@@ -196,6 +230,7 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
             "processes": processes.count,
             "images per pass": recipe.batch_size // (processes.count * accumulate),
             **{name: value for name, value in vars(args).items() if not hasattr(recipe, name)},
+            **masks,
             "accumulate": accumulate,
             "workers": workers,
             **asdict(recipe),
@@ -241,7 +276,8 @@ def export(model: nn.Module, path: Path, block_size: int) -> None:
     if any(fate.fate != "dense" for fate in layer_fates(model, block_size)):
         checkpoint.save(to_block_sparse(model, block_size, backend="dense"), path)  # a backend that runs everywhere
     else:
-        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in model.state_dict().items()}))
+        state = packed_state_dict(model)  # what PyTorch's own models load, and --weights
+        files.write(path, safetensors_bytes({name: t.contiguous() for name, t in state.items()}))
 
 
 def _workers(processes: int) -> int:

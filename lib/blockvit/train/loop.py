@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..data import DataSplits, Images, ImageTensors, eval_transform, train_transform
-from ..files import save_atomically
+from ..files import check_writable, save_atomically
 from ..models import num_classes
 from ..sparse_training import end_sparse, train_sparse
 from ..supermask import supermask_layers
@@ -131,7 +131,7 @@ def fit(
         CheckpointError: ``checkpoint`` is damaged, or of another model, recipe or data set (the first difference is
             named).
         NonFiniteLossError: the loss became NaN or infinite (epoch, step and learning rate are named), in every process.
-        OSError: the checkpoint cannot be written; the one before it is as it was.
+        OSError: the checkpoint cannot be written, as is tried before training; the one before it is as it was.
     """
     processes = join(device)
     end_sparse(model)  # an earlier call may have made it so, with an optimizer that is no more
@@ -147,6 +147,8 @@ def fit(
         if saved is not None:
             trainer.load_state_dict(saved["state"])
             history = History(saved["history"])
+    if path and len(history.epochs) < recipe.epochs:
+        processes.on_main(lambda: check_writable(path))
     train, test = (placed(split, processes.device) for split in _prepared(data, recipe))
     first, steps = len(history.epochs), trainer.steps
     bar = tqdm(

@@ -128,6 +128,7 @@ class Recipe:
         for name in ("lr_min", "mixup_alpha", "cutmix_alpha", "random_crop_padding", "seed", *_DECAYS):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "0 or more")
+        self._require("seed", self.seed < 2**63, "a number below 2**63")  # which PyTorch takes
         for name in ("label_smoothing", "model_ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._require("distillation_alpha", 0 <= self.distillation_alpha <= 1, "a number in [0, 1]")

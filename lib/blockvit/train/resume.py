@@ -60,8 +60,8 @@ def read(path: Path, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if found is not None:
         what, there, here = found
         raise CheckpointError(
-            f"{path} belongs to another run: {what} is {there!r} there and {here!r} here; pass another checkpoint "
-            "path, resume=False to overwrite it, or what it was trained with"
+            f"{path} belongs to another run: {what} is {there!r} there and {here!r} here; train as it was "
+            "trained, name another place for the checkpoint, or delete it to train from the start"
         )
     return saved
 
@@ -72,6 +72,6 @@ def _unpickled(file: BinaryIO, path: Path) -> dict[str, Any]:
         return {key: saved[key] for key in ("identity", "state", "history")}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint of this library ({type(error).__name__}: {error}); delete it, or "
-            "pass resume=False, to train from the start"
+            f"{path} is truncated or no checkpoint of this library ({type(error).__name__}: {error}); delete it "
+            "to train from the start"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,13 +27,20 @@ def trained_weights(weights: str, model: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: neither a file nor a name that torchvision has for ``model``.
-        ValueError: a damaged or foreign file.
+        ValueError: a damaged or foreign file, or one that holds a block-sparse model.
     """
     path = Path(weights).expanduser()
     if not path.is_file():
         return _torchvision_weights(weights, model)
     if path.suffix == ".safetensors":
         try:
+            with safe_open(path, framework="pt") as file:
+                written_by_us = "blockvit" in (file.metadata() or {})
+            if written_by_us:
+                raise ValueError(
+                    f"{path} is a block-sparse model, for blockvit.load, and a training begins with dense weights; "
+                    "pass the state dict of the dense model"
+                )
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged ({error}); fetch or save it again") from error
