@@ -150,14 +150,3 @@ def test_how_many_were_reached():
 
     assert goals.text([goal(2.5), goal(1.5), goal(None)]) == "1 of 2 goals were reached; 1 were not measured."
     assert goals.text([goal(2.0)]) == "1 of 1 goals were reached."
-
-
-def test_goals_of_several_devices_stand_side_by_side():
-    def goal(measured):
-        return [goals.Goal("case", "against", 0.2, measured, lower=True, percent=True)]
-
-    table = goals.by_device({"one": goal(0.204), "other": goal(0.05), "third": goal(None)})
-    assert table.to_dict("records") == [
-        {"case": "case", "against": "against", "target": "at most 20%", "one": "20.4% (no)", "other": "5% (yes)"}
-        | {"third": ""}
-    ]

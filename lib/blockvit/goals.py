@@ -7,7 +7,7 @@ number that was measured. Reads tables, needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,19 +72,6 @@ def table(goals: list[Goal]) -> pd.DataFrame:
             "reached": [verdict[goal.met] for goal in goals],
         }
     )
-
-
-def by_device(goals: Mapping[str, list[Goal]]) -> pd.DataFrame:
-    """The same goals on several devices, side by side: ``case, against, target`` and a column a device.
-
-    A cell is what was measured there and whether that reached the goal: ``6.10× (no)``.
-    """
-    tables = {device: table(mine).set_index(["case", "against", "target"]) for device, mine in goals.items()}
-    columns = {
-        device: mine["measured"].where(mine["measured"] == "", mine["measured"] + " (" + mine["reached"] + ")")
-        for device, mine in tables.items()
-    }
-    return pd.DataFrame(columns).reset_index()
 
 
 def on_cpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> list[Goal]:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..claims import FAILS, HOLDS, OPEN, UNDECIDED, VERDICT, Verdict
+from ..claims import FAILS, HOLDS, HOLDS_ON_CPU, LIFTED, OPEN, UNDECIDED, VERDICT, Verdict
 
 _COUNTED = {
     HOLDS: ("holds", "hold"),
+    HOLDS_ON_CPU: ("holds on a CPU", "hold on a CPU"),
+    LIFTED: ("is a limit no longer", "are limits no longer"),
     FAILS: ("does not hold", "do not hold"),
     UNDECIDED: ("is not decided", "are not decided"),
     OPEN: ("is not measured here", "are not measured here"),

@@ -165,7 +165,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
 
     Args:
         masks: rows of the table ``masks``, all of one block size and sparsity, with the column ``variant``; those with
-            metric ``exchanged`` (%) are drawn.
+            metric ``exchanged`` (%) are drawn, beside what the shares ``kept`` (%) let expect of a mask drawn anew.
     """
     rows = require(masks[masks["metric"] == "exchanged"], "masks")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
@@ -176,7 +176,9 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
         exchanged = rows[rows["variant"] == variant].groupby("scope", sort=False)["value"].mean()
         axes.plot(exchanged, [i] * len(exchanged), "|", color="0.5", ms=7, label=None if i else "a layer")
         axes.plot([exchanged.mean()], [i], "o", color=ACCENT, ms=5, label=None if i else "mean of the layers")
-    axes.axvline(100 * rows["sparsity"].iloc[0], color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
+    kept = masks[masks["metric"] == "kept"].groupby("scope")["value"].mean()
+    anew = 100 - kept.mean()  # of so many of the blocks that another random mask keeps, this one dropped
+    axes.axvline(anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
     names = [":\n".join(filter(None, _variant_parts(variant, recipe))) for variant in variants]
     axes.set_yticklabels(names, fontsize=7.5)

@@ -17,6 +17,7 @@ from ..attention import expose_projections
 from ..bench import DTYPES, Effort, peak_memory, precision_class
 from ..clocks import clock_for, cuda_graph
 from ..convert import model_bytes, random_block_mask_
+from ..results import UNPRUNED
 from ..supermask import BLOG_TARGETS
 from ..targets import matching
 from .modes import CUDA_GRAPH, compiled, runnable_modes
@@ -29,9 +30,6 @@ SCOPES: dict[str, tuple[str, ...]] = {
     "all": ("mlp", "qkv", "out_proj", "head"),
 }
 """Which layers of a ViT are block-sparse, as targets."""
-
-UNPRUNED = "none"
-"""The scope of a case that prunes nothing (sparsity 0): what ``cpu+dense`` is worth by its kernel alone."""
 
 
 @cache
