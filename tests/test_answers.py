@@ -441,6 +441,8 @@ def test_verdicts_are_counted():
         "- C2. *Claim C2*",
         "    - a and b: **does not hold**; 1×",
     ]
+    later = decided(("C1", "a", OPEN, ""), ("C2", "a", FAILS, "1×"), ("C1", "b", HOLDS, "2×"), ("C2", "b", OPEN, ""))
+    assert answers.claims_list(later).index("C1") < answers.claims_list(later).index("C2"), "in the order of the claims"
     assert "    - a: **does not hold**; 1×\n    - b: **does not hold**; 3×" in answers.claims_list(
         decided(("C2", "a", FAILS, "1×"), ("C2", "b", FAILS, "3×"))
     )

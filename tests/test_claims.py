@@ -806,7 +806,7 @@ def test_the_readme_tells_verdict_and_evidence_of_each_claim_in_a_line(store):
     verdicts, evidence = cells["C2"]
     assert verdicts == "not decided", "the post says it of a GPU"
     assert evidence.split("<br>") == [
-        f"{device}: on a CPU {n} of 40 cells faster through PyTorch's kernels; {n} of 40 cells faster through the "
+        f"{device}: on a CPU, {n} of 40 cells faster through PyTorch's kernels; {n} of 40 cells faster through the "
         "best here"
         for device, n in ((one["device"], 0), (other["device"], 40))
     ]

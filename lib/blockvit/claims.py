@@ -594,7 +594,7 @@ def decide(store: Store) -> pd.DataFrame:
         for claim_id, (text, decide_one) in CLAIMS.items():
             found = decide_one(evidence)
             if claim_id in OF_GPUS and not evidence.is_gpu and found.verdict in (HOLDS, FAILS):
-                found = replace(found, verdict=UNDECIDED, brief=f"on a CPU {found.brief or found.number}")
+                found = replace(found, verdict=UNDECIDED, brief=f"on a CPU, {found.brief or found.number}")
             rows.append((claim_id, text, device, *astuple(found)))
     return pd.DataFrame(rows, columns=["id", "claim", "device", *VERDICT])
 

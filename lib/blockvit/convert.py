@@ -205,7 +205,7 @@ def to_block_sparse(
             True also for a model that is yet to be moved to a GPU, False nowhere.
         dense_backend: where the linear layers go that would stay dense, whatever the targets, but for those in
             ``skip``. None leaves them ``nn.Linear``. A backend's name converts them too, with every block stored:
-            frozen, and held twice (BSR parts and packed form). A ViT's patch embedding becomes a
+            frozen and, but on ``"cpu"``, held twice (BSR parts and packed form). A ViT's patch embedding becomes a
             ``patches.PatchEmbedding``. ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at
             least a tenth faster than PyTorch's own at one image's tokens. Other convolutions and subclasses of
             ``nn.Linear`` stay.

@@ -40,7 +40,10 @@ def verdicts(decided: pd.DataFrame) -> str:
 def claims_list(decided: pd.DataFrame) -> str:
     """What each claim that was measured rests on, as a Markdown list: by device, and once where devices agree."""
     lines = []
-    for (claim_id, text), rows in decided[decided["verdict"] != OPEN].groupby(["id", "claim"], sort=False):
+    for claim_id, every in decided.groupby("id", sort=False):
+        rows, text = every[every["verdict"] != OPEN], every["claim"].iloc[0]
+        if rows.empty:
+            continue
         told = [str(Verdict(*row)) for row in rows[VERDICT].itertuples(index=False)]
         lines.append(f"- {claim_id}. *{text}*")
         if len(set(told)) == 1:

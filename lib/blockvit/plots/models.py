@@ -268,8 +268,8 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float], rows: p
     """Bytes of each form of the model, and seconds to convert it once and to load it again.
 
     Args:
-        sizes: bytes by form, dense first.
-        seconds: by step, building the dense model first.
+        sizes: bytes by form; what has "dense" in its name is grey.
+        seconds: by step, likewise.
         rows: those that the numbers are from, of one model, for the title.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
@@ -278,7 +278,8 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float], rows: p
     for axes, values, unit, scale in ((left, sizes, "MB", 1e6), (right, seconds, "s", 1.0)):
         names = list(values)
         heights = [values[n] / scale for n in names]
-        bars = axes.barh(names, heights, color=[DENSE, *[ACCENT] * (len(names) - 1)], height=0.6)
+        colours = [DENSE if "dense" in name else ACCENT for name in names]
+        bars = axes.barh(names, heights, color=colours, height=0.6)
         axes.bar_label(bars, fmt=three_digits, padding=3, fontsize=8)
         axes.set(xlabel=unit, xlim=(0, max(heights) * 1.18))
         axes.invert_yaxis()
