@@ -34,13 +34,13 @@ def test_milliseconds_and_speedups_over_the_fastest_dense_engine(store):
     assert fastest == ["dense, the fastest engine", "100 ms", "400 ms", ""]
     assert mlp == [
         "MLP, 90% in blocks of 32",
-        "50.0 ms, **2.00×** (1.96 to 2.04)",
-        "200 ms, **2.00×** (1.96 to 2.04)",
+        "50.0 ms, **2.00×** (1.96–2.04)",
+        "200 ms, **2.00×** (1.96–2.04)",
         "2.3",
     ]
     assert every == [
         "all linear layers, 90% in blocks of 64",
-        "25.0 ms, **4.00×** (3.92 to 4.08)",
+        "25.0 ms, **4.00×** (3.92–4.08)",
         "",
         "none published",
     ]
@@ -60,13 +60,13 @@ def test_the_sparse_layers_alone_stand_below_the_whole_model_on_the_kernel(store
         "all linear layers, 90% in blocks of 64",
     ]
     assert ["2.00×" in cell for cell in found.values()] == [False, True, False, True]
-    assert found["MLP, 80% in blocks of 32"] == "556 ms, compiled, **1.80×** (1.76 to 1.84)"
+    assert found["MLP, 80% in blocks of 32"] == "556 ms, compiled, **1.80×** (1.76–1.84)"
 
 
 def test_what_the_kernel_gives_without_sparsity_stands_among_the_dense(store):
     store.append(vit(32, 0.9, 1, cpu=2.0) + vit(32, 0.0, 1, scope="none", where=XEON, **{"cpu+dense": 1.25}))
     _, _, _, _, ours, mlp = cells(headline.markdown(store))
-    assert ours == ["dense, on our kernel", "", "800 ms, **1.25×** (1.23 to 1.28)", ""]
+    assert ours == ["dense, on our kernel", "", "800 ms, **1.25×** (1.23–1.28)", ""]
     assert mlp[0] == "MLP, 90% in blocks of 32" and mlp[2] == ""
 
 

@@ -79,7 +79,7 @@ def _cell(rows: pd.DataFrame) -> str:
         return ""
     best = rows.loc[rows["speedup_low"].idxmax()]
     how = "" if best["compile"] == "eager" else ", compiled"
-    spread = f"{best['speedup_low']:.2f} to {best['speedup_high']:.2f}"
+    spread = f"{best['speedup_low']:.2f}–{best['speedup_high']:.2f}"
     return f"{_ms(best['value'])}{how}, **{best['speedup']:.2f}×** ({spread})"
 
 
