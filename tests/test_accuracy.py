@@ -499,7 +499,8 @@ def test_the_notebook_draws_a_grid_that_was_cut_short(tmp_path):
     assert "not measured, seed 0: 16×16 at 50%, 60%, 70%, 80%, 85%, 90%, 95%; 32×32 at 50%, 60%, 70%, 85%, 95%;" in text
     assert "not measured, seed 1: dense;" in text
     assert "not measured: the speed of a model whose accuracy is known" in text
-    assert "CIFAR-10 (JPEG), vit_cifar, 60 epochs: dense 90.0%." in text
+    assert "CIFAR-10 (JPEG), vit_cifar, 60 epochs: at 90% sparsity at most 3.0 points of top-1 are lost." in text
+    assert "Dense 90.0%." in text
     assert "3.0 where 2.3 are published" in text and "the other lost 1.5 (method=spartan)" in text
 
 
