@@ -182,7 +182,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
     names = [":\n".join(filter(None, _variant_parts(variant, recipe))) for variant in variants]
     axes.set_yticklabels(names, fontsize=7.5)
-    axes.set_xlabel("share of the kept blocks that the first mask had dropped")
+    axes.set_xlabel("new among the blocks kept")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     legend(figure)
     return figure
