@@ -16,7 +16,17 @@ import numpy as np
 import pandas as pd
 
 from . import literature, losses
-from .comparisons import break_even, fastest_of_each, most_threads, newest, over_strongest_field, speedups, variant
+from .comparisons import (
+    beside_most_engines,
+    break_even,
+    fastest_of_each,
+    most_threads,
+    newest,
+    over_strongest_field,
+    speedups,
+    variant,
+    where,
+)
 from .losses import LIMITED_LOSS, SMALL_LOSS
 from .results import FAILED, OF_ANY_DEVICE, SCOPE_TITLES, Store
 
@@ -112,12 +122,6 @@ class Evidence:
         return any(len(t) and t["threads"].isna().all() for t in tables)
 
 
-def _where(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
-    for column, value in equal.items():
-        rows = rows[rows[column] == value]
-    return rows
-
-
 def _x(value: float) -> str:
     return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
@@ -140,7 +144,7 @@ def _others(like: pd.DataFrame, best: pd.DataFrame, number: Reading, ours: Readi
     """What was measured in the other precision classes, read as in fp32: ``bf16: 0.90× (best here: 1.20×)``."""
     texts = []
     for precision in OTHERS:
-        rows, all_rows = (_where(table, precision=precision) for table in (like, best))
+        rows, all_rows = (where(table, precision=precision) for table in (like, best))
         told, best_told = number(rows) if len(rows) else "", ours(all_rows) if len(all_rows) else ""
         if told:
             texts.append(f"{precision}: {told}" + (f" (best here: {best_told})" if best_told else ""))
@@ -151,7 +155,7 @@ def _others(like: pd.DataFrame, best: pd.DataFrame, number: Reading, ours: Readi
 
 def _decided(holds: bool, like: pd.DataFrame, best: pd.DataFrame, number: Reading, ours: Reading) -> Verdict:
     """A verdict with its texts: from the fp32 rows, and beside them from those of the other precision classes."""
-    fp32, best_fp32 = (_where(table, precision="fp32") for table in (like, best))
+    fp32, best_fp32 = (where(table, precision="fp32") for table in (like, best))
     return Verdict(
         HOLDS if holds else FAILS, number(fp32), f"best here: {ours(best_fp32)}", _others(like, best, number, ours)
     )
@@ -171,19 +175,19 @@ def c1(e: Evidence) -> Verdict:
         return f"{_x(top['speedup'])} by {variant(top)}"
 
     like, best = large(e.linear_like), large(e.linear_best)
-    fp32 = _where(like, precision="fp32")
+    fp32 = where(like, precision="fp32")
     if fp32.empty:
         return NOT_MEASURED
     reached = fp32["speedup"].max() >= NEAR * goal
     # "Up to" is reached by one product, and refuted only by products as large and sparse as the post could mean.
-    sizes = _where(fp32, sparsity=fp32["sparsity"].max())["tokens"]
+    sizes = where(fp32, sparsity=fp32["sparsity"].max())["tokens"]
     if not reached and (fp32["sparsity"].max() < 0.95 or sizes.max() < 2 * LARGE):
         return NOT_MEASURED
     return _decided(reached, like, best, lambda rows: f"up to {_x(rows['speedup'].max())}", ours)
 
 
 def _vit_b_16_cells(rows: pd.DataFrame, precision: str) -> pd.DataFrame:
-    rows = _where(rows, precision=precision)
+    rows = where(rows, precision=precision)
     return rows[rows["model"].isin(VIT_B_16_LINEARS) & (rows["sparsity"] > 0)]
 
 
@@ -233,7 +237,7 @@ def c3(e: Evidence) -> Verdict:
     smaller = (both["speedup"] < both["speedup_fp32"]).mean()
     small_blocks = bf16[bf16["block_size"] < 64]["speedup"]
     usually_not = not (small_blocks > 1).mean() >= 0.5  # of no cells the mean is NaN: nothing speaks against it
-    best = fastest_of_each(_where(_vit_b_16_cells(e.linear_best, "bf16"), tokens=tokens), _CELL)
+    best = fastest_of_each(where(_vit_b_16_cells(e.linear_best, "bf16"), tokens=tokens), _CELL)
     return Verdict(
         HOLDS if smaller > 0.5 and usually_not else FAILS,
         f"at {tokens:.0f} tokens smaller than in fp32 in {smaller:.0%} of cells, {_faster(bf16)}",
@@ -242,7 +246,7 @@ def c3(e: Evidence) -> Verdict:
 
 
 def _vit_b_16(rows: pd.DataFrame, **equal: object) -> pd.DataFrame:
-    return _where(rows, model="vit_b_16", scope="mlp", **equal)
+    return where(rows, model="vit_b_16", scope="mlp", **equal)
 
 
 def c4(e: Evidence) -> Verdict:
@@ -250,7 +254,7 @@ def c4(e: Evidence) -> Verdict:
     goals = _published(metric="speedup", scope="mlp", model="vit_b_16").set_index("block_size")["value"]
     like, best = (_vit_b_16(rows, batch_size=256, sparsity=0.9) for rows in (e.vit_like, e.vit_best))
     like = like[like["block_size"].isin(goals.index)]
-    fp32 = _where(like, precision="fp32")
+    fp32 = where(like, precision="fp32")
     if set(fp32["block_size"]) != set(goals.index):
         return NOT_MEASURED
     reached = fp32["speedup"].to_numpy() >= NEAR * goals[fp32["block_size"]].to_numpy()
@@ -278,12 +282,12 @@ def c5(e: Evidence) -> Verdict:
         return rows[enough & rows["block_size"].isin(goals.index)]
 
     like, best = sweeps(e.vit_like), sweeps(e.vit_best)
-    fp32 = _break_evens(_where(like, precision="fp32"))
+    fp32 = _break_evens(where(like, precision="fp32"))
     if set(fp32) != {int(block) for block in goals.index}:
         return NOT_MEASURED
     reached = [
         np.interp(goals[block], *line.sort_values("sparsity")[["sparsity", "speedup"]].to_numpy().T) >= NEAR
-        for block, line in _where(like, precision="fp32").groupby("block_size")
+        for block, line in where(like, precision="fp32").groupby("block_size")
     ]
     reached.append(None not in fp32.values())  # near 1 everywhere is faster nowhere
     return _decided(all(reached), like, best, _edges, lambda rows: _edges(rows) + _by(rows[rows["speedup"] > 1]))
@@ -319,7 +323,7 @@ def c6(e: Evidence) -> Verdict:
     cell = ["precision", "block_size"]
     both = like[like["batch_size"].isin((16, 256))].groupby(cell)["batch_size"].nunique() == 2
     like = like[pd.MultiIndex.from_frame(like[cell]).isin(both[both].index)]
-    fp32 = _where(like, precision="fp32")
+    fp32 = where(like, precision="fp32")
     if fp32["block_size"].nunique() < 2:
         return NOT_MEASURED
     fast = (fp32[fp32["batch_size"] >= 16]["speedup"] > 1).all()
@@ -355,11 +359,11 @@ def c7(e: Evidence) -> Verdict:
     The post measured nothing here that could be repeated like for like: any backend that is faster decides, with the
     MLP sparse, as the published models have it, if that was measured. A CPU stands in for a device, whichever it is.
     """
-    rows = _where(e.vit_best, model="vit_b_16", batch_size=1, sparsity=0.9)
-    fp32 = _strongest_field(_where(rows, precision="fp32"))
+    rows = where(e.vit_best, model="vit_b_16", batch_size=1, sparsity=0.9)
+    fp32 = beside_most_engines(where(rows, precision="fp32"))
     if e.is_gpu or fp32.empty:
         return NOT_MEASURED
-    others = {precision: _strongest_field(_where(rows, precision=precision)) for precision in OTHERS}
+    others = {precision: beside_most_engines(where(rows, precision=precision)) for precision in OTHERS}
     told = [f"{precision}: {_one_image(cell)}" for precision, cell in others.items() if len(cell)]
     return Verdict(
         HOLDS_ON_CPU if _top_by_scope(fp32)[0]["speedup_low"] > 1 else FAILS,
@@ -375,13 +379,8 @@ def _one_image_in_brief(rows: pd.DataFrame) -> str:
         f"{_x(top['speedup_high'])})"
         for top in _top_by_scope(rows)
     ]
-    seed = _where(rows, backend="torch")["speedup"]
+    seed = where(rows, backend="torch")["speedup"]
     return f"at 90% {', '.join(tops)}" + (f"; through PyTorch's kernels {_x(seed.max())}" if len(seed) else "")
-
-
-def _strongest_field(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those that were timed beside the most dense engines."""
-    return rows[rows["dense_variants"] == rows["dense_variants"].max()]
 
 
 def _top_by_scope(rows: pd.DataFrame) -> list[pd.Series]:
@@ -394,7 +393,7 @@ def _one_image(rows: pd.DataFrame) -> str:
     """What each scope reaches at batch size 1, and what PyTorch's kernels, the post's seed, do there."""
     texts = []
     for best in _top_by_scope(rows):
-        seed = _where(rows, scope=best["scope"], backend="torch")["speedup"]
+        seed = where(rows, scope=best["scope"], backend="torch")["speedup"]
         texts.append(
             f"{SCOPE_TITLES.get(best['scope'], best['scope'])} at 90%: {_x(best['speedup'])} (spread "
             f"{_x(best['speedup_low'])} to {_x(best['speedup_high'])}) by {variant(best)} in blocks of "
@@ -468,10 +467,10 @@ def c9(e: Evidence) -> Verdict:
     on = ["model", "scope", "block_size", "sparsity"]
 
     def both(lost: pd.DataFrame, speeds: pd.DataFrame) -> pd.DataFrame:
-        return lost.merge(_where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
+        return lost.merge(where(speeds, precision="fp32")[[*on, "speedup", "backend", "batch_size"]], on=on)
 
     def fastest(points: pd.DataFrame) -> pd.Series | None:
-        points = points[points["lost"] < 2]
+        points = points[points["lost"] < losses.CHEAP]
         return None if points.empty else points.loc[points["speedup"].idxmax()]
 
     # Like for like is trained as the post did, too; what is best here may have been trained otherwise.
@@ -512,7 +511,7 @@ def _deciding(points: pd.DataFrame) -> pd.DataFrame:
 def c10(e: Evidence) -> Verdict:
     """Folding changes nothing; conversion is done once and cached."""
     metrics = ("fold_difference", "load_difference", "convert_seconds", "load_seconds")
-    fold, load, convert, read = (_where(e.conversion, metric=metric) for metric in metrics)
+    fold, load, convert, read = (where(e.conversion, metric=metric) for metric in metrics)
     if any(rows.empty for rows in (fold, load, convert, read)):
         return NOT_MEASURED
     same = (pd.concat([fold, load])["value"] == 0).all()  # one model that folding changes refutes the claim
@@ -532,7 +531,7 @@ def _models(rows: pd.DataFrame) -> str:
 
 def c11(e: Evidence) -> Verdict:
     """Sizes that are no multiple of the block size cannot be converted: a limit of PyTorch's BSR, lifted here."""
-    head = _where(e.linear_best, model=HEAD)
+    head = where(e.linear_best, model=HEAD)
     head = head[head["block_size"].map(lambda b: 1000 % b != 0)]
     if head.empty:
         return NOT_MEASURED
@@ -551,7 +550,7 @@ def _sizes(rows: pd.DataFrame) -> str:
 
 
 def _published(**equal: object) -> pd.DataFrame:
-    return _where(literature.numbers(), source="blog", **equal)
+    return where(literature.numbers(), source="blog", **equal)
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Evidence], Verdict]]] = {

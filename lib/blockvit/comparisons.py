@@ -6,6 +6,7 @@ Reads what ``results.Store.read`` gives; no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,13 @@ import pandas as pd
 from .results import KEYS, STEP_SECONDS
 
 _SAME = [column for column in KEYS if column not in ("torch", "triton")]  # what is measured, whatever with
+
+
+def where(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+    """``rows`` narrowed to the given values of columns; a list or tuple means any of them."""
+    for column, wanted in columns.items():
+        rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
+    return rows
 
 
 def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
@@ -49,6 +57,11 @@ def speedups(rows: pd.DataFrame, *, baseline: str = "fastest") -> pd.DataFrame:
         wanted = pairs.groupby([*_SAME, "run"], dropna=False)[column].transform(most)
         pairs = pairs[(pairs[column] == wanted) | wanted.isna()]
     return newest(pairs)
+
+
+def beside_most_engines(speedups: pd.DataFrame) -> pd.DataFrame:
+    """The speedups over the most dense variants: the other cells were timed beside a weaker field."""
+    return speedups[speedups["dense_variants"] == speedups["dense_variants"].max()]
 
 
 def over_strongest_field(speedups: pd.DataFrame) -> pd.DataFrame:

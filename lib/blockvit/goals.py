@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from .answers import AT
-from .comparisons import break_even, fastest_of_each, newest, speedups
+from .comparisons import break_even, fastest_of_each, newest, speedups, where
 from .limits import bandwidth, linear_seconds
 from .results import SCOPE_TITLES
 
@@ -183,10 +183,7 @@ def _either(sizes: tuple[int, ...]) -> str:
 
 
 def _cell(rows: pd.DataFrame, **cell: Any) -> pd.DataFrame:
-    rows = rows[rows["metric"] == "latency"]
-    for column, wanted in cell.items():
-        rows = rows[rows[column].isin(wanted if isinstance(wanted, tuple) else (wanted,))]
-    return rows
+    return where(rows, metric="latency", **cell)
 
 
 def _ours(rows: pd.DataFrame, backends: tuple[str, ...], **cell: Any) -> pd.DataFrame:

@@ -29,6 +29,9 @@ SMALL_LOSS, LIMITED_LOSS = 1.0, 5.0
 """Points: the most that is "no meaningful loss" and "limited loss". The post gives no numbers for its words; the
 published losses (0.7 to 5 points at 80%, 2 to 19 at 90%) fit these."""
 
+CHEAP = 2.0
+"""Points: less than this is what the post's headline lost."""
+
 FROZEN = "train_scores=False"
 """The variant that learns no masks."""
 

@@ -82,8 +82,7 @@ class Study:
             rows = comparisons.newest(self.store.read(experiment), ignore=("device", "threads"))
         else:
             rows = self.store.read(experiment, device=self.device_name)
-        for column, wanted in columns.items():
-            rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
+        rows = comparisons.where(rows, **columns)
         if self.measures and (own := rows["run"] == self.store.run).any():
             rows = rows[own]
         if "threads" not in columns:

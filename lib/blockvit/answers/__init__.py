@@ -4,9 +4,10 @@
 - ``trainings`` (of notebook 1), ``folding`` (2), ``speed`` (3, 4, 7), ``trade`` (5), ``decided`` (6): what they say.
 """
 
+from ..comparisons import beside_most_engines, where
 from .decided import claims_list, goals_by_device, verdicts
 from .folding import conversion
-from .rows import AT, beside_most_engines, by_threads, timed_alone, timed_together, where, with_dense, with_speed
+from .rows import AT, by_threads, timed_alone, timed_together, with_dense, with_speed
 from .speed import (
     batch_line,
     break_even_text,

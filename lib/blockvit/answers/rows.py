@@ -6,17 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..comparisons import fastest_of_each, fullest_group
+from ..comparisons import fastest_of_each, fullest_group, where
 
 AT = 0.9
 """The sparsity at which the post states its speedups."""
-
-
-def where(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
-    """``rows`` narrowed to the given values of columns; a list or tuple means any of them."""
-    for column, wanted in columns.items():
-        rows = rows[rows[column].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
-    return rows
 
 
 def with_dense(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
@@ -34,11 +27,6 @@ def timed_alone(rows: pd.DataFrame) -> pd.DataFrame:
 def timed_together(rows: pd.DataFrame, cell: pd.DataFrame) -> pd.DataFrame:
     """Those of ``rows`` that were timed in turn with the fullest group of ``cell``, the dense ones among them."""
     return rows[rows["group"].isin(fullest_group(cell)["group"])]
-
-
-def beside_most_engines(speedups: pd.DataFrame) -> pd.DataFrame:
-    """The speedups over the most dense variants: the other cells were timed beside a weaker field."""
-    return speedups[speedups["dense_variants"] == speedups["dense_variants"].max()]
 
 
 def by_threads(rows: pd.DataFrame, **cell: Any) -> pd.DataFrame:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..comparisons import break_even, fastest_of_each, variant
+from ..comparisons import break_even, fastest_of_each, variant, where
 from ..limits import amdahl, linear_seconds
 from ..results import SCOPE_TITLES
-from .rows import AT, where, with_dense
+from .rows import AT, with_dense
 
 
 def break_evens(speedups: pd.DataFrame, *, log: bool = False) -> dict[int, str]:

@@ -10,9 +10,6 @@ import pandas as pd
 from .. import losses
 from .rows import AT
 
-CHEAP = 2.0
-"""Points: less than this is what the post's headline lost."""
-
 
 def accuracy(
     lost: pd.DataFrame, compared: pd.DataFrame, points: pd.DataFrame, *, setting: str, batch_size: int, missing: bool
@@ -41,12 +38,12 @@ def _cost(lost: pd.DataFrame, points: pd.DataFrame, setting: str, sparsity: floa
     if at.empty:
         return f"{setting}: not known; no masked model at {sparsity:.0%} has a dense one to be compared with."
     text = f"{setting}: at {sparsity:.0%} sparsity at most {max(at.max(), 0):.1f} points of top-1 are lost"
-    cheap = points[points["lost"] < CHEAP]
+    cheap = points[points["lost"] < losses.CHEAP]
     if len(cheap):
         top = cheap.loc[cheap["speedup_low"].idxmax()]
         text += (
-            f"; of the models that lost less than {CHEAP:g} the fastest has {top['speedup']:.2f}× the speed of eager "
-            "dense PyTorch"
+            f"; of the models that lost less than {losses.CHEAP:g} the fastest has {top['speedup']:.2f}× the speed of "
+            "eager dense PyTorch"
         )
     return f"{text}."
 
@@ -131,7 +128,7 @@ def _learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
     return text + (f" ({_error_text(error)})." if error == error else ".")
 
 
-def trade_text(points: pd.DataFrame, batch_size: int, most: float = CHEAP) -> str:
+def trade_text(points: pd.DataFrame, batch_size: int, most: float = losses.CHEAP) -> str:
     """The speed to be had for less than ``most`` points, of ``points`` with ``lost`` and a speedup with its spread.
 
     The one that is surely fastest: the highest low end of the spread, for the highest median is the luckiest one.

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ..losses import FROZEN
+from ..losses import CHEAP, FROZEN
 from .rows import baseline, block_sizes, one_of, require
 from .style import (
     ACCENT,
@@ -191,7 +191,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
 def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     """Accuracy against measured speed of one model; whiskers span the seeds, and the timings.
 
-    Ringed is, of the models that lost less than ``_CHEAP`` points, the one with the highest low end of its speedup's
+    Ringed is, of the models that lost less than ``CHEAP`` points, the one with the highest low end of its speedup's
     spread, for the highest median is the luckiest one. No line joins the medians at the front: which of them stand
     there, the whiskers leave open.
 
@@ -211,14 +211,14 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
         whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.8, "alpha": 0.5, "zorder": 1.5}
         axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
         draw_line(axes, cell["speedup"], cell["top1"], block, linestyle="none", markersize=5.5)
-    cheap = rows[dense_top1 - rows["top1"] < _CHEAP]
+    cheap = rows[dense_top1 - rows["top1"] < CHEAP]
     best = cheap.nlargest(1, "speedup_low")
     if len(best):
         ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "0.15", "linestyle": "none"}
-        label = f"highest low end of the speedup, less than {_CHEAP:g} points lost"
+        label = f"highest low end of the speedup, less than {CHEAP:g} points lost"
         axes.plot(best["speedup"], best["top1"], label=label, **ring)
     axes.plot([1], [dense_top1], marker="*", markersize=11, color=DENSE, linestyle="none", label="dense")
-    axes.axhline(dense_top1 - _CHEAP, color=DENSE, linestyle=":", linewidth=1, label=f"{_CHEAP:g} points lost")
+    axes.axhline(dense_top1 - CHEAP, color=DENSE, linestyle=":", linewidth=1, label=f"{CHEAP:g} points lost")
     axes.margins(0.05)
     axes.xaxis.set_major_formatter(FuncFormatter(as_times))
     axes.set(xlabel=f"speedup over {baseline(rows)}, measured", ylabel="test accuracy (%)")
@@ -231,7 +231,3 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     labels += [(p.speedup, p.top1, f"{p.sparsity:.0%}", COLOURS[int(p.block_size)]) for p in others]
     place_labels(axes, labels, obstacles=[(1, dense_top1)])
     return figure
-
-
-_CHEAP = 2.0
-"""Points of the published headline: a speedup with less than these lost."""
