@@ -19,12 +19,15 @@ def usable_cores() -> int:
 
 @cache
 def cpu_name() -> str:
-    """The processor's marketing name and its number of usable cores, e.g. ``AMD EPYC 7B13 (4 cores)``."""
+    """The processor's marketing name and its number of usable cores, e.g. ``AMD EPYC 7B13 (4 cores)``.
+
+    A virtual machine may hide the model; then its widest vector instructions tell processors of one name apart:
+    ``AMD EPYC AVX-512 (2 cores)``.
+    """
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        name = found[1] if found else name
+        name = named_in(cpuinfo.read_text()) or name
     elif platform.system() == "Darwin":
         name = (
             subprocess.run(
@@ -32,8 +35,26 @@ def cpu_name() -> str:
             ).stdout.strip()
             or name
         )
-    name = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b", "", name).split("@")[0]
-    return f"{' '.join(name.split())} ({usable_cores()} cores)"
+    return f"{_plain(name)} ({usable_cores()} cores)"
+
+
+_VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+"""Instructions of x86 processors by their flag in ``/proc/cpuinfo``, the widest first."""
+
+
+def named_in(cpuinfo: str) -> str:
+    """The processor that ``/proc/cpuinfo`` is of, with its vector instructions unless a number tells the model."""
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if model is None:
+        return ""
+    name, known = _plain(model[1]), set(flags[1].split() if flags else ())
+    vectors = next((title for flag, title in _VECTORS.items() if flag in known), "")
+    return name if re.search(r"\d", name) else f"{name} {vectors}".strip()
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b", "", name).split("@")[0].split())
 
 
 @cache
