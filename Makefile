@@ -75,7 +75,8 @@ test: $(STAMP) $(if $(filter laptop,$(PROFILE)),$(ENGINES))  ## lint, run the te
 	step tests env OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile; \
 	step notebooks env BLOCKVIT_RESULTS="$$work/results" BLOCKVIT_FIGURES="$$work/figures" \
 	  BLOCKVIT_BUDGET_S=$(TEST_BUDGET_S) \
-	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1200; \
+	  $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 \
+	  --nbval-kernel-startup-timeout=600; \
 	printf '\n== summary\n'; \
 	for name in lint format tests notebooks; do \
 	  printf '%-10s %s\n' "$$name" "$$(tail -n 1 "$$work/logs/$$name")"; \

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import datetime, tzinfo
 
 import pytest
 import torch
@@ -31,3 +33,18 @@ def seed() -> int:
     """Every test starts from the same random state of torch."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def on_a_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets the tables be written on a day of January 2026."""
+
+    def write_on(day: int) -> None:
+        class Then(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> datetime:
+                return datetime(2026, 1, day, tzinfo=tz)
+
+        monkeypatch.setattr("blockvit.results.datetime", Then)
+
+    return write_on

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,10 @@ class Clock:
         return tune.Found({**PARAMETERS, "SPLIT_N": case.tokens // case.block_size}, 1.0, 1.5)
 
 
+def tune_torch_bsr(cases, device, *, search, **options):
+    return tune.tune(replace(tune.TUNERS["torch_tuned"], search=search), cases, device, **options)
+
+
 CASES = tune.make_cases([(128, 64), (64, 128)], tokens=[256], block_sizes=[64, 16])
 
 
@@ -355,7 +360,7 @@ def test_cases_come_in_order_of_importance():
 
 def test_tuning_stores_each_case_and_leaves_out_what_is_stored(store, gpu):
     clock, reported = Clock(), []
-    done = tune.tune_torch_bsr(CASES[:2], CUDA, clock=clock, search=clock.search, report=reported.append)
+    done = tune_torch_bsr(CASES[:2], CUDA, clock=clock, search=clock.search, report=reported.append)
     assert [tuned.seconds for tuned in done] == [40.0, 40.0] and reported == done
     assert str(done[0]) == (
         "128x64, 256 tokens, blocks of 64, bfloat16, sparsity 0.9: 1.000 ms, 1.50x over the defaults' 1.500 ms, "
@@ -365,20 +370,20 @@ def test_tuning_stores_each_case_and_leaves_out_what_is_stored(store, gpu):
         found = tuning.find(GPU, "torch_tuned", tune.case_key(case))
         assert (found["ms"], found["default_ms"], found["seconds"]) == (1.0, 1.5, 40.0)
 
-    assert len(tune.tune_torch_bsr(CASES[:3], CUDA, clock=clock, search=clock.search)) == 1
+    assert len(tune_torch_bsr(CASES[:3], CUDA, clock=clock, search=clock.search)) == 1
     assert clock.searched == CASES[:3]
-    assert len(tune.tune_torch_bsr(CASES[:3], CUDA, clock=clock, search=clock.search, force=True)) == 3
+    assert len(tune_torch_bsr(CASES[:3], CUDA, clock=clock, search=clock.search, force=True)) == 3
 
 
 @pytest.mark.parametrize("seconds, cases", [(0, 0), (1, 1), (40, 1), (41, 2), (100, 3), (None, 8)])
 def test_no_case_begins_after_the_time_is_over(store, gpu, seconds, cases):
     clock = Clock()
-    tune.tune_torch_bsr(CASES, CUDA, seconds=seconds, clock=clock, search=clock.search)
+    tune_torch_bsr(CASES, CUDA, seconds=seconds, clock=clock, search=clock.search)
     assert clock.searched == CASES[:cases]
 
 
 def test_a_case_that_nothing_works_for_is_reported_and_not_stored(store, gpu):
-    (tuned,) = tune.tune_torch_bsr(CASES[:1], CUDA, search=lambda case, device: None)
+    (tuned,) = tune_torch_bsr(CASES[:1], CUDA, search=lambda case, device: None)
     assert tuned.found is None and "no parameters work" in str(tuned)
     assert tuning.load(GPU) == {}
 
@@ -398,7 +403,7 @@ def test_short_benchmarks_end_with_their_block():
     testing.do_bench = lambda fn, **options: asked.update(options)
     try:
         pretended = testing.do_bench
-        with pytest.raises(RuntimeError, match="in the middle"), tune.short_benchmarks(warmup=3, rep=4):
+        with pytest.raises(RuntimeError, match="in the middle"), tune.torch_bsr.short_benchmarks(warmup=3, rep=4):
             testing.do_bench(lambda: None, warmup=500, rep=100, return_mode="median")
             raise RuntimeError("in the middle")
         assert asked == {"warmup": 3, "rep": 4, "return_mode": "median"}
@@ -417,7 +422,7 @@ def test_the_search_leaves_out_float32_tiles_that_compile_for_minutes(monkeypatc
     for dtype in (torch.float32, torch.bfloat16):
         dense = torch.zeros(64, 256, dtype=dtype)
         weight = torch.eye(64, dtype=dtype).to_sparse_bsr((64, 64))
-        with tune.quick_to_compile():
+        with tune.torch_bsr.quick_to_compile():
             ops.bsr_dense_addmm(None, weight, dense, meta={"SPLIT_N": 4, "num_warps": 4})
             slow = {"SPLIT_N": 2, "num_warps": 1}  # 64 x 128 sums in 32 threads
             if dtype is torch.float32:
@@ -435,7 +440,7 @@ def test_benchmarks_end_when_the_time_is_up_and_the_search_with_what_it_has():
     original, now, timed = testing.do_bench, [100.0], []
     testing.do_bench = lambda fn, **options: fn()
     try:
-        with tune.short_benchmarks(seconds=5, clock=lambda: now[0]):
+        with tune.torch_bsr.short_benchmarks(seconds=5, clock=lambda: now[0]):
 
             def target(parameters):
                 def kernel():
@@ -454,7 +459,7 @@ def test_benchmarks_end_when_the_time_is_up_and_the_search_with_what_it_has():
 
 
 def test_what_takes_minutes_to_compile_is_not_searched():
-    assert tune.search_torch_bsr(tune.Case(128, 128, 128, 128, torch.float32, 0.5), CPU) is None
+    assert tune.torch_bsr.find(tune.Case(128, 128, 128, 128, torch.float32, 0.5), CPU) is None
 
 
 def test_the_command_without_a_gpu(monkeypatch, capsys):
@@ -482,7 +487,7 @@ def test_the_command_refuses_wrong_arguments(arguments, says, capsys):
 
 
 def test_the_command_prints_a_line_a_case(store, gpu, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "search_torch_bsr", Clock().search)
+    monkeypatch.setitem(tune.TUNERS, "torch_tuned", replace(tune.TUNERS["torch_tuned"], search=Clock().search))
     arguments = ["--shapes", "128x64", "--tokens", "256", "--block-sizes", "64", "16"]
     assert tune.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -560,8 +565,8 @@ triton.testing.do_bench = do_bench
 
 from blockvit import tune
 
-tune.SEARCH_SECONDS = float("inf")  # it is slow here
-found = tune.search_torch_bsr(tune.Case(32, 48, 60, 16, torch.float32, 0.5), torch.device("cpu"))
+tune.search.SEARCH_SECONDS = float("inf")  # it is slow here
+found = tune.torch_bsr.find(tune.Case(32, 48, 60, 16, torch.float32, 0.5), torch.device("cpu"))
 assert sorted(found.parameters) == ["GROUP_SIZE_ROW", "SPLIT_N", "num_stages", "num_warps"], found
 assert all(type(value) is int for value in found.parameters.values()), found
 assert found.ms <= found.default_ms, found
@@ -729,7 +734,7 @@ def test_replays_as_a_cuda_graph(store, name, dtype, tokens):
 @pytest.mark.slow
 def test_tuning_finds_parameters_that_run(store):
     case = tune.Case(256, 256, 1000, 64, torch.bfloat16, 0.9)
-    (tuned,) = tune.tune_torch_bsr([case], CUDA)
+    (tuned,) = tune.tune(tune.TUNERS["torch_tuned"], [case], CUDA)
     assert tuned.found is not None and tuned.seconds > 0
     assert tuned.found.default_ms is None or tuned.found.ms <= tuned.found.default_ms
     x, matrix, bias = tune.make_operands(case, CUDA)

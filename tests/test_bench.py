@@ -18,7 +18,6 @@ import torch
 from blockvit import bench, comparisons
 from blockvit.bench import (
     Effort,
-    check_close,
     interleave,
     peak_memory,
     precision_class,
@@ -180,10 +179,10 @@ def test_a_jump_in_the_middle_falls_on_all_alike():
 
 
 def test_the_real_clock_counts_all_repeats():
-    calls = []
+    calls, before = [], time.perf_counter()
     taken = Clock().seconds(lambda: (calls.append(1), time.sleep(0.002)), 5)
     assert len(calls) == 5
-    assert 0.01 <= taken < 1
+    assert 0.01 <= taken <= time.perf_counter() - before
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -255,33 +254,6 @@ def test_unknown_precision():
         pytest.fail("the body ran")
 
 
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("tf32", 5e-3), ("bf16", 3e-2), ("fp16", 5e-3)])
-def test_check_close_tolerates_its_class_and_no_more(precision, error):
-    expected = torch.tensor([1.0, -20.0, 3.0])
-    check_close(expected + torch.tensor([0.0, 0.0, 0.9 * error * 20]), expected, precision, "x")
-    with pytest.raises(ArithmeticError, match=r"backend 'x' differs from the dense result by .*largest output 20\)"):
-        check_close(expected - torch.tensor([1.1 * error * 20, 0.0, 0.0]), expected, precision, "backend 'x'")
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_check_close_fails_where_a_result_is_not_finite(bad):
-    with pytest.raises(ArithmeticError, match=r"nothing was written"):
-        check_close(torch.tensor([1.0, bad]), torch.tensor([1.0, 2.0]), "bf16", "x")
-    with pytest.raises(ArithmeticError):
-        check_close(torch.tensor([1.0, bad]), torch.tensor([1.0, bad]), "bf16", "x")
-
-
-def test_check_close_accepts_zeros_for_zeros():
-    check_close(torch.zeros(3), torch.zeros(3), "fp32", "x")
-    with pytest.raises(ArithmeticError):
-        check_close(torch.full((3,), 1e-9), torch.zeros(3), "fp32", "x")
-
-
-def test_check_close_refuses_another_shape():
-    with pytest.raises(ArithmeticError, match=r"shape"):
-        check_close(torch.ones(1, 3), torch.ones(2, 3), "fp32", "x")
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_sees_what_was_freed_again():
     size = 200 << 20
@@ -346,7 +318,7 @@ def test_rows_are_written_group_by_group(store):
     assert set(rows["torch"]) == {here["torch"]}
     assert (report.measured, report.kept, report.left) == (3, 0, 0)
     lines = str(report).splitlines()
-    assert lines[0] == "3 groups measured in 0 s, 0 were there already" and "a note" in lines
+    assert re.fullmatch(r"3 groups measured in \d+ s, 0 were there already", lines[0]) and "a note" in lines
 
 
 def test_what_was_measured_is_kept(store):

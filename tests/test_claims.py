@@ -5,15 +5,17 @@ import re
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from blockvit import claims, literature, results
-from blockvit.claims import CLAIMS, FAILS, HOLDS, HOLDS_ON_CPU, LIFTED, OPEN, UNDECIDED, Evidence
+from blockvit.claims import CLAIMS, FAILS, HOLDS, HOLDS_BY_OURS, HOLDS_ON_CPU, LIFTED, OPEN, UNDECIDED, Evidence, pages
+from blockvit.claims.evidence import published
+from blockvit.claims.linears import VIT_B_16_LINEARS
 from blockvit.results import Store
 
 CPU = {"device": "Example CPU (4 cores)", "threads": 4}
 GPU = {"device": "NVIDIA H100 80GB HBM3", "threads": None}
-SHAPES = claims.VIT_B_16_LINEARS
 BLOCKS, SPARSITIES = (16, 32, 64), (0.5, 0.8, 0.9)
 
 
@@ -64,7 +66,7 @@ def group(
 
 def linears(speedup, precision: str = "fp32", tokens: int = 50432, blocks=BLOCKS, **more) -> list[dict]:
     """Every linear layer of ViT-B/16; ``speedup(block, sparsity)`` is that of PyTorch's kernels."""
-    grid = itertools.product(SHAPES, blocks, SPARSITIES)
+    grid = itertools.product(VIT_B_16_LINEARS, blocks, SPARSITIES)
     return [
         row
         for shape, b, s in grid
@@ -162,11 +164,11 @@ def test_all_eleven_claims_are_there():
 
 
 def test_goals_are_the_published_numbers():
-    blog = claims._published()
+    blog = published()
     assert (blog["source"] == "blog").all()
-    speedups = claims._published(metric="speedup", scope="mlp", model="vit_b_16").set_index("block_size")["value"]
+    speedups = published(metric="speedup", scope="mlp", model="vit_b_16").set_index("block_size")["value"]
     assert speedups.to_dict() == {16: 1.24, 32: 1.37, 64: 1.65}
-    edges = claims._published(metric="break_even_sparsity").set_index("block_size")["value"]
+    edges = published(metric="break_even_sparsity").set_index("block_size")["value"]
     assert edges.to_dict() == {16: 0.86, 32: 0.82, 64: 0.70}
     for number in ("4.8×", "1.46×", "1.24×, 1.37×, 1.65×", "0.86, 0.82, 0.70"):
         assert any(number in text for text, _ in CLAIMS.values())
@@ -192,7 +194,7 @@ def test_c2_is_refuted_by_one_layer_but_confirmed_only_by_all(store):
         return group("linear", model=model, tokens=50432, block_size=32, sparsity=0.9, torch=speed)
 
     assert verdict("C2", store, layer("3072x768", 1.2)).verdict == OPEN
-    rest = [row for model in claims.VIT_B_16_LINEARS[1:] for row in layer(model, 1.2)]
+    rest = [row for model in VIT_B_16_LINEARS[1:] for row in layer(model, 1.2)]
     assert verdict("C2", store, rest + layer("768x768", 1.2)).verdict == HOLDS
     assert verdict("C2", store, layer("768x768", 0.9)).verdict == FAILS
 
@@ -257,7 +259,7 @@ def test_no_warnings_about_tables_that_are_missing(store):
 
 def test_the_newest_measurement_decides(store):
     assert verdict("C7", store, vit(32, 0.9, 1, gather=0.5)).verdict == FAILS
-    assert verdict("C7", store, vit(32, 0.9, 1, gather=2.0)).verdict == HOLDS_ON_CPU
+    assert verdict("C7", store, vit(32, 0.9, 1, gather=2.0)).verdict == HOLDS_BY_OURS
     assert verdict("C7", store, vit(32, 0.9, 1, gather=0.4)).verdict == FAILS
 
 
@@ -285,7 +287,7 @@ def test_c2_holds_where_the_claim_says_so_and_says_nothing_elsewhere(store):
     rows = linears(lambda b, s: 1.5 if b >= 32 or s >= 0.8 else 0.5)
     found = verdict("C2", store, rows)
     assert found.verdict == HOLDS
-    cells = len(SHAPES) * (3 + 3 + 2)  # of 3 x 3 cells only block 16 at 50% is not claimed
+    cells = len(VIT_B_16_LINEARS) * (3 + 3 + 2)  # of 3 x 3 cells only block 16 at 50% is not claimed
     assert found.number == f"at 50432 tokens {cells} of {cells} cells faster, 1.50× to 1.50×"
 
 
@@ -458,7 +460,7 @@ def test_c6_is_decided_by_the_posts_block_sizes(store):
 
 
 @pytest.mark.parametrize(
-    ("speedup", "width", "expected"), [(1.5, 0.01, HOLDS_ON_CPU), (0.9, 0.01, FAILS), (1.05, 0.05, FAILS)]
+    ("speedup", "width", "expected"), [(1.5, 0.01, HOLDS_BY_OURS), (0.9, 0.01, FAILS), (1.05, 0.05, FAILS)]
 )
 def test_c7_on_a_cpu(store, speedup, width, expected):
     rows = vit(16, 0.9, 1, gather=speedup, torch=0.1, width=width) + vit(32, 0.9, 1, gather=speedup / 2)
@@ -476,15 +478,20 @@ def test_c7_is_decided_in_fp32_and_tells_of_bf16(store):
     bf16 = vit(32, 0.9, 1, gather=0.8, precision="bf16", dense={"eager": 1.0, "openvino": 0.5})
     assert verdict("C7", store, bf16) == claims.NOT_MEASURED
     found = verdict("C7", store, vit(16, 0.9, 1, gather=2.0))
-    assert found.verdict == HOLDS_ON_CPU and "in blocks of 16; over eager" in found.number
+    assert found.verdict == HOLDS_BY_OURS and "in blocks of 16; over eager" in found.number
     assert re.match(r"bf16: MLP at 90%: 0\.40× .* in blocks of 32; over the fastest of 2", found.others)
 
 
 def test_c7_tells_of_each_scope_and_the_mlp_decides(store):
-    assert verdict("C7", store, vit(32, 0.9, 1, gather=3.0, scope="all")).verdict == HOLDS_ON_CPU, "there is no other"
+    assert verdict("C7", store, vit(32, 0.9, 1, gather=3.0, scope="all")).verdict == HOLDS_BY_OURS, "there is no other"
     found = verdict("C7", store, vit(16, 0.9, 1, gather=0.9, torch=0.1))
     assert found.verdict == FAILS
     assert re.search(r"MLP at 90%: 0\.90×.* 0\.10×; all linear layers at 90%: 3\.00× .* in blocks of 32;", found.number)
+
+
+def test_c7_says_if_only_our_kernel_is_faster(store):
+    assert verdict("C7", store, vit(16, 0.9, 1, gather=1.5)).verdict == HOLDS_BY_OURS, "PyTorch's were not measured"
+    assert verdict("C7", store, vit(16, 0.9, 1, gather=1.5, torch=1.2)).verdict == HOLDS_ON_CPU
 
 
 def test_c7_is_about_batch_size_1_and_not_about_gpus(store):
@@ -743,7 +750,7 @@ def gpu_group(torch: float, modes: dict[str, float], **cell) -> list[dict]:
 
 
 def gpu_linear(torch=published_linear) -> list[dict]:
-    sizes = [(shape, tokens) for shape in SHAPES for tokens in (197, 50432)]
+    sizes = [(shape, tokens) for shape in VIT_B_16_LINEARS for tokens in (197, 50432)]
     sizes += [(f"{size}x{size}", size) for size in (4096, 8192, 16384)]
     grid = itertools.product(PRECISIONS, sizes, (16, 32, 64, 128), (0.0, 0.5, 0.8, 0.9, 0.95))
     cells = [
@@ -806,8 +813,8 @@ def test_the_readme_tells_verdict_and_evidence_of_each_claim_in_a_line(store):
     verdicts, evidence = cells["C2"]
     assert verdicts == "not decided", "the post says it of a GPU"
     assert evidence.split("<br>") == [
-        f"{device}: on a CPU, {n} of 40 cells faster through PyTorch's kernels; {n} of 40 cells faster through the "
-        "best here"
+        f"{device}: on a CPU, {n} of 40 cells faster through PyTorch's kernels; through the best here {n} of 40 cells "
+        "faster than eager dense PyTorch"
         for device, n in ((one["device"], 0), (other["device"], 40))
     ]
     assert cells["C8"][0] == "not decided" and cells["C8"][1].startswith("digits, vit_digits, too easy"), "told once"
@@ -815,6 +822,31 @@ def test_the_readme_tells_verdict_and_evidence_of_each_claim_in_a_line(store):
     assert cells["C10"] == ["**holds**", same]
     empty = claims.briefly(Store(store.root / "none")).splitlines()
     assert len(empty) == 2 + len(CLAIMS) and all(f"| {OPEN} |  |" in line for line in empty[2:])
+
+
+def test_the_readme_tells_of_a_processors_newest_run_that_measured_the_claim(store, on_a_day):
+    def measured(cores: int, day: int, rows: list[dict]) -> None:
+        on_a_day(day)
+        store.append({**row, "device": f"Some CPU ({cores} cores)", "threads": cores} for row in rows)
+
+    measured(4, 1, [*vit(32, 0.9, 1, cpu=3.0), *converted()])
+    measured(2, 2, vit(32, 0.9, 1, cpu=2.0))
+    lines = dict(line.strip("| ").split(" | ", 1) for line in claims.briefly(store).splitlines()[2:])
+    assert "MLP 2.00×" in lines["C7"] and "3.00×" not in lines["C7"], "not of the older one, with other cores"
+    assert "**holds**" in lines["C10"], "which the newer one did not measure"
+    assert claims.readme(store).startswith("Of 11 claims 1 holds (C10), 1 holds on a CPU through our kernel (C7),")
+    assert len(claims.decide(store)["device"].unique()) == 2, "the notebook has them all"
+
+
+def test_verdicts_are_counted():
+    rows = [("C1", OPEN), ("C1", HOLDS), ("C2", FAILS), ("C2", FAILS), ("C3", OPEN), ("C3", OPEN)]
+
+    def counted(rows: list[tuple[str, str]]) -> str:
+        return pages._counted(pd.DataFrame(rows, columns=["id", "verdict"]))
+
+    assert counted(rows) == "Of 3 claims 1 holds (C1), 1 does not hold (C2), 1 is not measured here (C3)."
+    assert counted([("C1", HOLDS), ("C2", HOLDS)]) == "Of 2 claims 2 hold (C1, C2)."
+    assert counted([]) == "No claim is decided: the tables are empty."
 
 
 def test_numbers_of_a_gpu_in_all_precision_classes(store):

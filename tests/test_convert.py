@@ -160,7 +160,7 @@ def test_folding_warns_of_masks_that_were_never_applied(compiled):
     forward(torch.randn(2, 8))
     with pytest.warns(UserWarning, match=r"never called, though others were: read\. If .* with skip=") as warned:
         fold(model)
-    assert warned[0].filename == __file__
+    assert [one.filename for one in warned if "never called" in str(one.message)] == [__file__]
 
 
 def test_folding_warns_too_where_no_mask_was_applied_in_a_training():
@@ -322,7 +322,7 @@ def test_what_comes_to_the_dense_backend_by_itself_is_told_once():
         UserWarning, match=r"'dense', which multiplies by the zeros too: .* torch\.float64 on cpu in bl"
     ) as w:
         to_block_sparse(folded_vit().double(), 16)
-    assert len(w) == 1 and w[0].filename == __file__
+    assert [one.filename for one in w if "'dense'" in str(one.message)] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_block_sparse(folded_vit().double(), 16, "dense")

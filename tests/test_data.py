@@ -402,8 +402,8 @@ def test_damaged_images_in_memory_are_left_out_and_told(tmp_path, kind):
     damage(write_folder(tmp_path), kind)
     with pytest.warns(UserWarning) as caught:
         cifar = data.load("cifar10", tmp_path)
-    assert len(caught) == 2
-    for warning, split in zip(caught, ("train", "test"), strict=True):
+    of_images = [warning for warning in caught if "decoded" in str(warning.message)]
+    for warning, split in zip(of_images, ("train", "test"), strict=True):
         told = (
             rf"2 of 6 .* decoded; they are left out: .*{split}/dog/0.png \(.+\), .*{split}/dog/2.png \(.+\)\. Replace"
         )

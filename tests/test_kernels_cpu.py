@@ -347,7 +347,7 @@ def test_a_fresh_process_runs_what_was_pickled_or_exported(tmp_path):
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_peak_is_a_rate(dtype):
-    assert 1e9 < cpu.peak_flops(dtype, seconds=0.02) < 1e15
+    assert 1e9 < cpu.peak_flops(dtype, seconds=0.3) < 1e15
     with pytest.raises(ValueError, match=r"dtype is torch.float64; the kernel multiplies in torch.float32 and"):
         cpu.peak_flops(torch.float64)
 

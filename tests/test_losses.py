@@ -165,8 +165,8 @@ def test_answer_opens_with_what_the_speed_costs():
     how = {"setting": "CIFAR-10, m", "batch_size": 256}
     line, empty, *items = answers.accuracy(lost, lost, points, missing=True, **how).splitlines()
     assert line == (
-        "CIFAR-10, m: at 90% sparsity at most 3.0 points of top-1 are lost; of the models that lost less than 2 the "
-        "fastest has 1.40× the speed of eager dense PyTorch."
+        "CIFAR-10, m: at 90% sparsity at most 3.0 points of top-1 are lost; of the models that lost less than 2 points "
+        "the surely fastest (highest low end of the spread) is 1.40× as fast as eager dense PyTorch."
     )
     assert not empty and [item.partition("**")[2].partition("**")[0] for item in items] == ["Accuracy.", "Speed."]
     assert items[0].endswith("they are named above.")

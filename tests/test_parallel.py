@@ -97,9 +97,9 @@ def pids_then_sleep(path):
 def alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+    except (ProcessLookupError, FileNotFoundError):  # it may end between the two
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
 
 
 def wait_until(condition, seconds=120):  # a new process imports torch first, which takes long on a busy machine
@@ -125,10 +125,12 @@ def sleepers(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
     process = subprocess.Popen([sys.executable, tmp_path / "script.py"], stderr=subprocess.PIPE)
     pids = tmp_path / "pids"
-    wait_until(lambda: len(list(pids.iterdir())) == 2 or process.poll() is not None)
-    yield process, [int(file.name) for file in pids.iterdir()]
-    process.kill()
-    process.communicate()
+    try:
+        wait_until(lambda: len(list(pids.iterdir())) == 2 or process.poll() is not None)
+        yield process, [int(file.name) for file in pids.iterdir()]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])

@@ -52,6 +52,7 @@ class AsksForItsDtype(nn.Module):
 
 
 def test_a_model_that_asks_for_its_dtype_is_traced_without_a_graph_break():
+    torch._dynamo.reset()  # what other tests compiled counts against its limit
     conv = nn.Conv2d(3, 32, 4, 4).requires_grad_(False)
     model = AsksForItsDtype(PatchEmbedding.from_conv(conv, 16, backend="gather"))
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -94,6 +95,7 @@ def test_one_image_needs_no_batch():
 
 
 def test_is_traced_without_a_graph_break():
+    torch._dynamo.reset()  # what other tests compiled counts against its limit
     conv = nn.Conv2d(3, 32, 4, 4).requires_grad_(False)
     embedding = torch.compile(PatchEmbedding.from_conv(conv, 16, backend="gather"), backend="eager", fullgraph=True)
     images = torch.randn(2, 3, 8, 8)

@@ -126,7 +126,7 @@ def test_a_published_checkpoint_runs_only_the_notebooks_that_take_one(study, mon
         study, "03_third", 'profile = "laptop"\ncheckpoint = None\ndata_root = None', "1", "2", title="Third?"
     )
     ran = {}
-    monkeypatch.setattr(pipeline, "execute", lambda notebook, values, *_, **__: ran.update({notebook.name: values}))
+    monkeypatch.setattr(pipeline.run, "execute", lambda notebook, values, *_, **__: ran.update({notebook.name: values}))
     monkeypatch.chdir(study)
     pipeline.reproduce(root=study, checkpoint="sp0.80-ts32.pth", data="images", output=io.StringIO())
     paths = {"checkpoint": str(study / "sp0.80-ts32.pth"), "data_root": str(study / "images")}
@@ -202,7 +202,7 @@ def test_command_line_answers_in_one_line(study, monkeypatch, capsys):
 
 def test_values_on_the_command_line_are_yaml():
     given = ["a=1e-3", "b=[1, x]", "c=true", "d=a=b", "e="]
-    assert pipeline._parse_parameters(given) == {"a": 1e-3, "b": [1, "x"], "c": True, "d": "a=b", "e": None}
+    assert pipeline.command._parse_parameters(given) == {"a": 1e-3, "b": [1, "x"], "c": True, "d": "a=b", "e": None}
 
 
 def test_missing_cuda_stops_at_once(study, monkeypatch, capsys):
@@ -214,11 +214,11 @@ def test_missing_cuda_stops_at_once(study, monkeypatch, capsys):
 
 
 def test_import_leaves_torch_alone():
-    """The module itself; what the package imports at its top is not the pipeline's to say."""
+    """The pipeline itself; what the library imports at its top is not its to say."""
     source = Path(importlib.util.find_spec("blockvit.pipeline").origin)
     code = f"""
 import importlib, sys, types
-package = types.ModuleType("blockvit"); package.__path__ = [{str(source.parent)!r}]
+package = types.ModuleType("blockvit"); package.__path__ = [{str(source.parents[1])!r}]
 sys.modules["blockvit"] = package
 importlib.import_module("blockvit.pipeline")
 print(sorted({{"torch", "pandas", "papermill", "nbconvert"}} & set(sys.modules)))
@@ -311,7 +311,7 @@ def test_other():
 def executed(monkeypatch):
     """The names of the notebooks that a run came to, in place of running them."""
     names = []
-    monkeypatch.setattr(pipeline, "execute", lambda notebook, *_, **__: names.append(notebook.name))
+    monkeypatch.setattr(pipeline.run, "execute", lambda notebook, *_, **__: names.append(notebook.name))
     return names
 
 
@@ -335,8 +335,9 @@ def test_profiles_tests_run_before_its_notebooks(checked, executed, monkeypatch)
     pipeline.reproduce("checked", root=checked, output=output)
     lines = output.getvalue().splitlines()
     assert lines[0] == "[tests] gpu  0:00"
-    assert re.fullmatch(r"\[tests\] gpu  0:\d\d  done  1 passed, 2 deselected.* in [\d.]+s", lines[1])
-    assert lines[2].startswith("[1/1] 02_second  cell 0/")
+    done = next(line for line in lines if "done" in line)
+    assert re.fullmatch(r"\[tests\] gpu  \d+:\d\d  done  1 passed, 2 deselected.* in [\d.]+s.*", done)
+    assert lines[lines.index(done) + 1].startswith("[1/1] 02_second  cell 0/")
     assert (checked / "tested.txt").read_text() == "gpu " and executed == ["02_second"]
     assert "1 passed" in (checked / "build" / "checked" / "tests.log").read_text()
 
@@ -348,8 +349,8 @@ def test_progress_of_tests_is_one_living_line_on_a_terminal(checked):
 
     write_tests(checked, MARKED)
     pipeline.run_tests("gpu", checked, checked / "tests.log", output := Terminal())
-    assert output.getvalue().startswith("\r\x1b[2K[tests] gpu  0:00\r\x1b[2K[tests] gpu  0:0")
-    assert output.getvalue().count("\n") == 1 and output.getvalue().endswith("s\n")
+    assert output.getvalue().startswith("\r\x1b[2K[tests] gpu  0:00\r\x1b[2K[tests] gpu  ")
+    assert output.getvalue().count("\n") == 1 and output.getvalue().endswith("\n")
 
 
 def test_a_profile_may_combine_markers(checked, executed):
@@ -357,7 +358,7 @@ def test_a_profile_may_combine_markers(checked, executed):
     write_tests(checked, MARKED)
     pipeline.reproduce("checked", root=checked, output=(output := io.StringIO()))
     assert (checked / "tested.txt").read_text() == "gpu slow "
-    assert "[tests] gpu or slow  0:0" in output.getvalue() and executed == ["02_second"]
+    assert "[tests] gpu or slow  0:" in output.getvalue() and executed == ["02_second"]
 
 
 FAILING = f"{MARKED}\n@pytest.mark.gpu\ndef test_fails():\n    assert 1 == 2, 'far off'\n"
@@ -448,12 +449,14 @@ def test_interleaved_runs(study):
     write_profile(study, "big", "notebooks: [02_second]\n02_second: {wait: 2}\n")
     slow, other = start(study, "--profile", "big"), start(study, "--only", "02_second")
     copy = study / "build" / "big" / "02_second.ipynb"
+    deadline = time.monotonic() + 600
     while not copy.exists() and slow.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     with pytest.raises(pipeline.BusyError, match=f"profile big is being run already .process {slow.pid},"):
         pipeline.reproduce("big", root=study, output=io.StringIO())
     for process, profile in ((slow, "big"), (other, "laptop")):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors  # a kernel that ends may leave words of its own on the shared stderr
         assert output_text(study / "build" / profile / "02_second.ipynb") == [repr(profile)]
         assert (study / "build" / profile / "report.html").exists()
@@ -464,8 +467,8 @@ def test_interleaved_runs(study):
 
 def test_readme_is_refreshed_after_the_claims(study, monkeypatch):
     write_notebook(study, "06_claims", "results_dir = ''")
-    monkeypatch.setattr(pipeline, "execute", lambda *_, **__: None)
-    claims = types.SimpleNamespace(briefly=lambda store: f"| from {store.root.relative_to(study)} |")
+    monkeypatch.setattr(pipeline.run, "execute", lambda *_, **__: None)
+    claims = types.SimpleNamespace(readme=lambda store: f"| from {store.root.relative_to(study)} |")
     monkeypatch.setitem(sys.modules, "blockvit.claims", claims)
     monkeypatch.setattr(blockvit, "claims", claims, raising=False)
     monkeypatch.setenv("BLOCKVIT_RESULTS", str(study / "tables"))

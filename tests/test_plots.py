@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from blockvit import comparisons, limits, literature, plots, results
+from blockvit import comparisons, headline, limits, literature, plots, results
 
 SHARES = {"mlp": 0.64, "mlp+attention": 0.95}
 LAYERS = ("768x768", "3072x768")
@@ -99,6 +99,18 @@ def compared(variants=VARIANTS) -> pd.DataFrame:
     rows = [{"variant": v, "top1": 85.0 - i, "low": 84.5 - i, "high": 85.2 - i} for i, v in enumerate(variants)]
     table = pd.DataFrame([{**cell, **row, "dense_top1": 90.0, "seeds": 2} for row in rows])
     return table.assign(lost=table["dense_top1"] - table["top1"])
+
+
+def machines() -> pd.DataFrame:
+    """Rows as of ``headline.fastest``: two machines, one of them without the dense model on our kernel."""
+    rows = [
+        {"column": f"CPU {n}, fp32", "scope": scope, "sparsity": s, "block_size": float(block), "speedup": speedup}
+        for n in (1, 2)
+        for (scope, s, block), speedup in zip((headline.OURS_DENSE, *headline.CASES), (1.0, 1.5, 2.0, 4.0), strict=True)
+        if (n, scope) != (2, headline.OURS_DENSE[0])
+    ]
+    table = pd.DataFrame(rows).assign(model="vit_b_16", batch_size=1.0, dense_value=0.1, eager_value=0.15)
+    return table.assign(speedup_low=0.9 * table["speedup"], speedup_high=1.1 * table["speedup"])
 
 
 def masks(variants=VARIANTS) -> pd.DataFrame:
@@ -342,6 +354,7 @@ FIGURES = {  # how it is drawn, its panels, the block sizes that the legend name
     "kept_blocks": (lambda: plots.kept_blocks(KEPT), 1, 0),
     "step_overhead": (lambda: plots.step_overhead(comparisons.step_overheads(steps())), 2, 3),
     "step_overhead of a model": (lambda: plots.step_overhead(comparisons.step_overheads(steps("batch_size"))), 2, 3),
+    "headline_speedups": (lambda: plots.headline_speedups(machines()), 1, 0),
     "variants": (lambda: plots.variants(compared()), 1, 0),
     "variants of a trained model": (lambda: plots.variants(fine_tuned()), 1, 0),
     "mask_changes": (lambda: plots.mask_changes(masks()), 1, 0),
@@ -365,7 +378,7 @@ WITHOUT_LEGEND = {
 WITHOUT_YLABEL = {
     "conversion", "contenders", "gpu contenders", "gpu contenders by precision", "latency_tails", "traffic",
     "kept_blocks", "speedup_heatmaps", "gpu speedup_heatmaps",
-    "variants", "variants of a trained model", "mask_changes", "memory", "memory of a CPU",
+    "headline_speedups", "variants", "variants of a trained model", "mask_changes", "memory", "memory of a CPU",
 }  # fmt: skip
 
 
@@ -1022,8 +1035,8 @@ def test_accuracies_stand_side_by_side_with_a_dot_a_seed():
     assert not sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "."), "one seed is the mean"
 
 
-def test_variants_are_in_order_of_what_they_lost_below_the_reference():
-    table = compared().assign(lost=[5.0, 7.0, 6.0])
+def test_variants_are_in_order_of_their_accuracy_below_the_reference():
+    table = compared().assign(top1=[85.0, 83.0, 84.0], low=82.0, high=86.0)
     labels = [label.get_text() for label in plots.variants(table.iloc[::-1]).axes[0].get_yticklabels()]
     assert labels == ["reference: learnt scores", "Spartan (soft top-k), sparsity raised slowly", "masks left random"]
 
@@ -1063,9 +1076,9 @@ def test_the_reference_stands_out_and_is_in_the_legend():
 
 
 def test_random_masks_are_a_line_that_the_others_have_to_beat():
-    (axes,) = plots.variants(compared().assign(lost=[5.0, 7.0, 6.0])).axes
+    (axes,) = plots.variants(compared().assign(top1=[85.0, 83.0, 84.0], low=82.0, high=86.0)).axes
     (line,) = lines_of(axes, "masks left random")
-    assert list(line.get_xdata()) == [7, 7]
+    assert list(line.get_xdata()) == [83, 83]
     assert "masks left random" not in legend_labels(plots.variants(compared(VARIANTS[::2])))
 
 
@@ -1079,17 +1092,29 @@ def fine_tuned() -> pd.DataFrame:
     )
 
 
-def test_variants_of_a_trained_model_are_named_and_tell_their_dense_model():
+def test_variants_of_a_trained_model_are_named_and_stand_beside_their_dense_model():
     figure = plots.variants(fine_tuned())
-    names = tick_names(figure.axes[0])
-    assert names[0] == "reference: learnt scores", "only exceptions tell what they are compared with"
-    assert "from the trained dense model, 6 epochs (dense 70.1%)" in names
+    (axes,) = figure.axes
+    names = tick_names(axes)
+    assert names[0] == "reference: learnt scores" and "from the trained dense model, 6 epochs" in names
     start, how = next(name for name in names if "\n" in name).split("\n")
-    assert start == "from the trained dense model, 6 epochs (dense 70.1%):"
+    assert start == "from the trained dense model, 6 epochs:"
     assert how == "blocks of largest weights, sparsity raised slowly, taught by the dense model"
-    assert "dense, 68.0% unless stated" in legend_labels(figure)
-    assert "dense, 90.0%" in legend_labels(plots.variants(compared()))
+    for label, top1 in (("dense: 68.0%", 68.0), ("dense, trained on for as long: 70.1%", 70.1)):
+        (line,) = lines_of(axes, label)
+        assert list(line.get_xdata()) == [top1, top1] and label in legend_labels(figure)
+    assert "dense: 90.0%" in legend_labels(plots.variants(compared()))
     assert_nothing_is_clipped_or_covered(figure)
+
+
+def test_a_variant_of_one_seed_is_hollow_among_others():
+    def hollow(seeds):
+        figure = plots.variants(compared().assign(seeds=seeds))
+        points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
+        return [line.get_markerfacecolor() == "white" for line in points], "hollow" in told(figure)
+
+    assert hollow([2, 3, 1]) == ([False, False, True], True)
+    assert hollow([1, 1, 1]) == ([False] * 3, False) == hollow([2, 2, 2])
 
 
 def test_exchanged_blocks_by_variant():
@@ -1097,6 +1122,8 @@ def test_exchanged_blocks_by_variant():
     names = ["reference: learnt scores", "Spartan (soft top-k), sparsity raised slowly", "masks left random"]
     assert tick_names(axes) == names
     (mean,) = lines_of(axes, "mean of the layers")
+    (other,) = plots.mask_changes(masks(), order=[VARIANTS[1], VARIANTS[0]]).axes
+    assert tick_names(other) == ["masks left random", "reference: learnt scores", names[1]], "others come last"
     assert list(mean.get_xdata()) == [30.0] and len(lines_of(axes, "a layer")[0].get_xdata()) == len(LAYERS_OF_A_VIT)
 
 
@@ -1372,3 +1399,22 @@ def test_bars_of_traffic_add_up_and_tell_their_sum():
     figure = plots.traffic(TRAFFIC, limits.TRAFFIC, "197 tokens, bf16")
     assert told(figure) == "197 tokens, bf16; counted from the shapes, not measured"
     assert axes.texts[2].get_text().startswith(f"{TRAFFIC.loc['one kernel', 'bytes'] / 1e6:,.0f} MB")
+
+
+def test_speedups_of_machines_stand_below_each_other_beside_their_cost():
+    figure = plots.headline_speedups(machines())
+    (axes,) = figure.axes
+    names = tick_names(axes)
+    assert names[:2] == ["dense, eager PyTorch", "dense, on our kernel"]
+    assert names[2] == "MLP, 80% in blocks of 32\n0.7 points lost, as published"
+    assert names[-1].endswith("\nno accurate model known")
+    points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    at_80 = [line for line in points if round(float(line.get_ydata()[0])) == 2]
+    assert [line.get_xdata()[0] for line in at_80] == [1.5, 1.5]
+    assert at_80[0].get_ydata()[0] < at_80[1].get_ydata()[0], "in the order of the legend, on an axis that points down"
+    assert [line.get_xdata()[0] for line in points if round(float(line.get_ydata()[0])) == 0] == pytest.approx(
+        [2 / 3] * 2
+    )
+    assert len([line for line in points if round(float(line.get_ydata()[0])) == 1]) == 1
+    assert legend_labels(figure) == ["CPU 1, fp32", "CPU 2, fp32"]
+    assert_nothing_is_clipped_or_covered(figure)

@@ -1,11 +1,14 @@
 """timm's models, which readers bring: masked, trained a step, folded, converted and kept as they are."""
 
+import importlib
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import blockvit
+from blockvit.kernels import cpu
 
 SMALL = {"img_size": 32, "num_classes": 10}
 VIT = {**SMALL, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2}
@@ -26,8 +29,12 @@ def built(name: str) -> nn.Module:
     return timm.create_model(name, **MODELS[name][0])
 
 
+@pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_trained_folded_converted_and_kept(name, tmp_path):
+def test_a_model_is_trained_folded_converted_and_kept(name, faster, tmp_path, monkeypatch):
+    can = cpu.load() is None  # whether "auto" finds the kernel faster is a measurement: here it is decided both ways
+    monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster and can)
+    monkeypatch.setattr(importlib.import_module("blockvit.convert"), "beats_convolution", lambda *_: faster and can)
     model, images = built(name), torch.randn(2, 3, 32, 32)
     blockvit.sparsify(model, sparsity=0.5, block_size=16, targets=MODELS[name][1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

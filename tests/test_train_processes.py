@@ -17,7 +17,7 @@ from test_train import EVERYTHING, TINY, same_weights, tiny_data, tiny_model
 from blockvit import train
 from blockvit.parallel import CellError
 from blockvit.train import command
-from blockvit.train.processes import join
+from blockvit.train.processes import TIMEOUT, join
 
 pytest.importorskip("accelerate")
 
@@ -116,7 +116,7 @@ def alone():
 def test_a_killed_process_ends_the_run_with_an_error(killed):
     _, message, seconds, checkpoint = killed
     assert "training in 2 processes failed" in message  # by SIGKILL, or by the other's loss of it: whoever tells first
-    assert seconds < 90
+    assert seconds < TIMEOUT.total_seconds(), "it did not wait for the dead one"
     assert len(checkpoint["history"]) == 2
 
 
@@ -207,7 +207,7 @@ def test_accelerate_launch_trains_the_model_of_one_process(tmp_path):
         text=True,
     )
     assert command.main([*options, "--output", str(tmp_path / "one"), "--accumulate", "2"]) == 0
-    output = two.communicate(timeout=120)[0]
+    output = two.communicate(timeout=600)[0]
     assert two.returncode == 0, output
     assert output.count("processes = 2\n") == output.count("epoch 1/1") == 1  # the main process alone prints
     one, two = (torch.load(tmp_path / name / "checkpoint.pt")["state"]["model"] for name in ("one", "two"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import sys
 
@@ -467,8 +468,8 @@ def test_min_tokens_and_parameters_are_what_tuning_found(device, store):
     plain = sequence(device)
     (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
     assert fused.min_tokens == sys.maxsize  # float32 in small blocks: nothing to gain by count
-    large = mlp.min_tokens(torch.device(device), (768, 3072), 64, torch.bfloat16, 58)
-    assert large == 128 * tuned.resources(torch.device(device))["multiprocessors"]
+    large = mlp.min_tokens(torch.device(device), (768, 3072), 64, torch.bfloat16, 58, 128)
+    assert large == 2 * 128 * tuned.resources(torch.device(device))["multiprocessors"]
     name = tuning.device_name(torch.device(device, 0) if device == "cuda" else torch.device(device))
     precision = tuned.precision(torch.float32)
     for tokens, ms in ((20, 3.0), (40, 1.0), (30, 1.5)):
@@ -490,6 +491,24 @@ def test_min_tokens_and_parameters_are_what_tuning_found(device, store):
         tuning.store(name, tuned.MLP, key, SMALL, ms=3.0, default_ms=2.0, seconds=1.0)
     (fused,) = fuse_mlps(nn.Sequential(copy.deepcopy(plain)))
     assert operators(fused, x) == ONE_BY_ONE  # never faster
+
+
+def test_parameters_found_for_lower_groups_are_not_taken_over_where_they_do_not_fit(store):
+    dtype, cpu = torch.bfloat16, torch.device("cpu")
+    found = {"BLOCK_M": 256, "PROGRAMS": 1, "num_warps": 16, "num_stages": 5}  # of groups of 64 outputs, 200 KiB
+    assert mlp.fits(found, 64, dtype.itemsize, HOPPER_SHARED) and not mlp.fits(
+        found, 128, dtype.itemsize, HOPPER_SHARED
+    )
+    key = mlp.key((768, 3072), 50432, 16, dtype, 922, "ieee")
+    tuning.store("cpu", tuned.MLP, key, found, ms=1.0, default_ms=2.0, seconds=1.0)
+    looked_up = (cpu, (768, 3072), 50432, 16, dtype, 922, "ieee")
+    assert mlp._parameters(*looked_up, 64) == found
+    assert mlp._parameters(*looked_up, 128) == mlp.default_parameters(128, dtype.itemsize, HOPPER_SHARED)
+    assert mlp.min_tokens(cpu, (768, 3072), 16, dtype, 922, 64) == 50432
+    assert mlp.min_tokens(cpu, (768, 3072), 16, dtype, 922, 128) == sys.maxsize, "nor the number of tokens"
+    for height, itemsize in itertools.product((16, 32, 64, 128), (2, 4)):
+        if height * itemsize <= packing.WIDEST_BYTES:
+            assert mlp.fits(mlp.default_parameters(height, itemsize, HOPPER_SHARED), height, itemsize, HOPPER_SHARED)
 
 
 @every_device
@@ -543,11 +562,11 @@ def do_bench(call, return_mode, warmup=None, rep=None):
     return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)  # as if short tiles and two were best
 triton.testing.do_bench = do_bench
 
-tune.SEARCH_SECONDS = float("inf")  # it is slow here
-found = tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu"))
+tune.search.SEARCH_SECONDS = float("inf")  # it is slow here
+found = tune.triton_mlp.find(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu"))
 assert found.parameters == {"BLOCK_M": 32, "PROGRAMS": 2, "num_warps": 4, "num_stages": 2}, found
 assert (found.ms, found.default_ms) == (0.32, 9.0), found
-assert min(map(mlp.max_registers, launched)) >= tune.LEAST_REGISTERS
+assert min(map(mlp.max_registers, launched)) >= mlp.LEAST_REGISTERS
 
 from triton.runtime.errors import PTXASError
 
@@ -555,7 +574,7 @@ for error in (triton.OutOfResources(1, 0, "shared memory"), PTXASError("Insuffic
     def do_bench(call, **options):
         raise error
     triton.testing.do_bench = do_bench
-    assert tune.search_mlp(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu")) is None
+    assert tune.triton_mlp.find(tune.Case(96, 48, 40, 16, torch.float32, 0.5), torch.device("cpu")) is None
 print("done")
 """
 

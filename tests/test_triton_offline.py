@@ -38,6 +38,21 @@ def test_defaults_spill_nothing_and_use_tensor_cores(arch, dtype, block_size, gr
     assert report.shared <= counted + 1024  # the parts of emulated float32 lie where the tiles do
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "dtype, block_size, precision", [("bf16", 16, "ieee"), ("bf16", 64, "ieee"), ("fp32", 32, "tf32x3")]
+)
+def test_the_gradient_of_the_input_spills_nothing_and_uses_tensor_cores(arch, dtype, block_size, precision):
+    report, _ = survey.linear(arch, dtype, block_size, 1, precision, activation=None, transposed=True)
+    assert report.spills == 0 and report.tensor_cores
+    assert report.shared <= offline.SHARED_BYTES[arch]
+
+
+def test_the_other_gelu_spills_nothing_either():
+    report, _ = survey.linear(90, "bf16", 64, 2, activation="gelu_tanh")
+    assert report.spills == 0 and report.wgmma
+
+
 def test_activations_come_16_bytes_at_a_time_and_past_the_registers():
     """Blocks of 16 that are joined to a tile: what the compiler has to see is that 16 neighbours are contiguous."""
     report, _ = survey.linear(90, "bf16", 16, 4)

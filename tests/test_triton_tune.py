@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_interpreter import run_interpreted
@@ -9,6 +11,7 @@ from triton_interpreter import run_interpreted
 from blockvit import tune
 from blockvit.kernels import tuning
 from blockvit.kernels.triton import packing, parameters
+from blockvit.tune import search, triton_linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPU = "NVIDIA H100 80GB HBM3"
@@ -29,15 +32,15 @@ def store(tmp_path, monkeypatch):
 
 
 def test_neighbours_differ_by_one_step_of_one_choice():
-    found = list(tune.neighbours(START))
+    found = list(triton_linear.neighbours(START))
     assert len(found) == 12
     for other in found:
         changed = {name for name in START if other[name] != START[name]}
         assert len(changed - {"BLOCK_N"}) <= 1 and changed
     assert [(n["GROUP"], n["BLOCK_N"]) for n in found[:2]] == [(4, 64), (1, 16)]
     edge = {**START, "GROUP": 8, "BLOCK_M": 256, "BLOCK_N": 128, "num_stages": 5, "num_warps": 8, "BLOCK_K": 128}
-    assert len(list(tune.neighbours(edge))) == 6
-    assert next(tune.neighbours(edge))["BLOCK_N"] == 64
+    assert len(list(triton_linear.neighbours(edge))) == 6
+    assert next(triton_linear.neighbours(edge))["BLOCK_N"] == 64
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_neighbours_differ_by_one_step_of_one_choice():
     ],
 )
 def test_only_what_fits_is_compiled(changes, block_size, itemsize, precision, shared, fit):
-    assert tune.fits({**START, **changes}, block_size, itemsize, precision, shared) is fit
+    assert triton_linear.fits({**START, **changes}, block_size, itemsize, precision, shared) is fit
 
 
 def test_what_is_compiled_as_fitting_spills_nothing_on_hopper():
@@ -67,7 +70,7 @@ def test_what_is_compiled_as_fitting_spills_nothing_on_hopper():
     from blockvit.kernels.triton import survey
 
     widest = {**START, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "GROUP": 2}
-    assert tune.fits(widest, 64, 2, "ieee", SHARED)
+    assert triton_linear.fits(widest, 64, 2, "ieee", SHARED)
     sizes = {name: value for name, value in widest.items() if name != "GROUP"}
     report, _ = survey.linear(90, "bf16", 64, 2, "ieee", **sizes)
     assert report.spills == 0
@@ -81,12 +84,14 @@ def test_the_search_goes_to_the_best_and_measures_nothing_twice():
         measured.append(tuple(candidate.items()))
         if candidate["num_stages"] == 4:
             return None  # does not run
-        return 1.0 + sum(abs(tune.CHOICES[n].index(candidate[n]) - tune.CHOICES[n].index(best[n])) for n in best)
+        return 1.0 + sum(
+            abs(triton_linear.CHOICES[n].index(candidate[n]) - triton_linear.CHOICES[n].index(best[n])) for n in best
+        )
 
-    assert tune.descend(START, tune.neighbours, measure) == best
+    assert search.descend(START, triton_linear.neighbours, measure) == best
     assert len(measured) == len(set(measured)) < 40
-    assert tune.descend(START, tune.neighbours, lambda candidate: None) is None
-    assert tune.descend(START, lambda candidate: [], lambda candidate: 1.0) == START
+    assert search.descend(START, triton_linear.neighbours, lambda candidate: None) is None
+    assert search.descend(START, lambda candidate: [], lambda candidate: 1.0) == START
 
 
 def test_a_search_ends_with_the_best_so_far_when_its_time_is_up(monkeypatch):
@@ -97,9 +102,41 @@ def test_a_search_ends_with_the_best_so_far_when_its_time_is_up(monkeypatch):
         measured.append(candidate)
         return 100.0 - len(measured)  # the longer, the better
 
-    limited = tune.in_time(measure, clock=lambda: now[0])
-    found = tune.descend(START, tune.neighbours, limited)
-    assert measured[0] == START and found == measured[-1] and len(measured) == tune.SEARCH_SECONDS / 10
+    limited = search.in_time(measure, clock=lambda: now[0])
+    found = search.descend(START, triton_linear.neighbours, limited)
+    assert measured[0] == START and found == measured[-1] and len(measured) == search.SEARCH_SECONDS / 10
+
+
+def test_a_candidate_that_is_wrong_or_cannot_run_has_no_time(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, return_mode, **effort: effort.get("rep", 0.0))
+    right = torch.randn(8, 8)
+    assert search.timed(lambda: right + 1e-6, right, "fp32", rep=5) == 5
+    assert search.timed(lambda: right + 0.1, right, "fp32") is None
+    assert search.timed(lambda: right.where(right < right.max(), torch.nan), right, "fp32") is None, "left unwritten"
+    results = iter([right, right + 1e-6])
+    assert search.timed(lambda: next(results), right, "fp32") is None, "each time another"
+
+    def failing(error):
+        def call():
+            raise error
+
+        return call
+
+    for error in (RuntimeError("PassManager::run failed"), triton.OutOfResources(1, 0, "shared memory")):
+        assert search.timed(failing(error), right, "fp32") is None
+    with pytest.raises(TypeError, match="a mistake of ours"):
+        search.timed(failing(TypeError("a mistake of ours")), right, "fp32")
+
+
+def test_expected_is_what_the_layers_compute():
+    case = tune.Case(128, 32, 5, 16, torch.float32, 0.5)
+    assert case.activation == "gelu" and tune.Case(96, 32, 5, 16, torch.float32, 0.5).activation is None
+    x, first, bias1 = tune.make_operands(case, CPU)
+    _, second, bias2 = tune.make_operands(replace(case, out_features=32, in_features=128), CPU)
+    layers = [(first, bias1, case.activation), (second, bias2, None)]
+    hidden = torch.nn.functional.gelu(x @ first.to_dense().T + bias1)
+    torch.testing.assert_close(tune.cases.expected(x, layers), hidden @ second.to_dense().T + bias2)
 
 
 def test_what_is_found_is_what_the_layer_looks_up(store):
@@ -113,6 +150,7 @@ def test_what_is_found_is_what_the_layer_looks_up(store):
         assert parameters.group(CPU, *weight) == 2
         other_shape = matrix.padded_shape[0] + 128, *weight[1:]
         assert parameters.group(CPU, *other_shape) is None, "pairs of rows that pay for one weight cost another"
+        assert parameters.group(CPU, *weight[:-1], 1) is None, "nor does a sparser one have as many columns in common"
         entries = packing.pack(matrix, 2).values.shape[0]
         used = parameters.linear(CPU, 50, *weight, "ieee", 2, entries)
         assert {"GROUP": 2, **used} == found
@@ -123,7 +161,8 @@ def test_what_is_found_is_what_the_layer_looks_up(store):
 @pytest.mark.parametrize("arguments, dtypes", [([], ["bfloat16", "float32"]), (["--tf32"], ["bfloat16", "tf32"])])
 def test_the_command_tunes_our_kernel(store, monkeypatch, capsys, arguments, dtypes):
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(tune, "search_triton", lambda case, device: tune.Found(START, 1.0, 1.5))
+    found = replace(tune.TUNERS["triton"], search=lambda case, device: tune.Found(START, 1.0, 1.5))
+    monkeypatch.setitem(tune.TUNERS, "triton", found)
     try:
         options = ["--backend", "triton", "--shapes", "128x64", "--tokens", "256", "--block-sizes", "32", *arguments]
         assert tune.main(options) == 0
@@ -140,6 +179,7 @@ SEARCH = """
 import torch, triton.testing
 from blockvit import tune
 from blockvit.kernels.triton import linear
+from blockvit.tune import search, triton_linear
 
 launched, launch = [], linear.launch
 def recorded(*args, parameters, **options):
@@ -154,12 +194,12 @@ def do_bench(call, return_mode, warmup=None, rep=None):
     return launched[-1]["BLOCK_M"] / 100 + abs(launched[-1]["num_stages"] - 2)
 triton.testing.do_bench = do_bench
 
-tune.SEARCH_SECONDS = float("inf")  # it is slow here
+search.SEARCH_SECONDS = float("inf")  # it is slow here
 case = tune.Case(64, 48, 40, 16, torch.float32, 0.5)
-found = tune.search_triton(case, torch.device("cpu"))
+found = tune.triton_linear.find(case, torch.device("cpu"))
 assert found.parameters["BLOCK_M"] == 16 and found.parameters["num_stages"] == 2, found
 assert found.ms == 0.16 <= found.default_ms, found
-assert set(found.parameters) == set(tune.CHOICES), found
+assert set(found.parameters) == set(triton_linear.CHOICES), found
 assert all(type(value) is int for value in found.parameters.values()), found
 
 from triton.runtime.errors import PTXASError
@@ -168,7 +208,7 @@ for error in (triton.OutOfResources(1, 0, "shared memory"), PTXASError("Insuffic
     def do_bench(call, **options):
         raise error
     triton.testing.do_bench = do_bench
-    assert tune.search_triton(case, torch.device("cpu")) is None
+    assert tune.triton_linear.find(case, torch.device("cpu")) is None
 print("done")
 """
 

@@ -455,8 +455,8 @@ def test_ceilings():
     fma = rows.pop("fma_throughput", None)
     assert fma is None or 1e9 < fma["value"] < 1e14
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
-    assert 1e8 < rows["matmul_throughput"]["value"] < 1e14
-    assert 1e8 < rows["copy_bandwidth"]["value"] < 1e13
+    assert 1e6 < rows["matmul_throughput"]["value"] < 1e14
+    assert 1e6 < rows["copy_bandwidth"]["value"] < 1e13
 
 
 def test_ceilings_are_work_over_time(monkeypatch):
@@ -592,7 +592,7 @@ def test_tuning_is_timed_once_and_what_is_tuned_is_left_out(tmp_path, monkeypatc
         searched.append(case)
         return None if case.block_size == 16 else tune.Found({"SPLIT_N": 1}, 1.0, 2.0)
 
-    monkeypatch.setattr(tune, "search_torch_bsr", search)
+    monkeypatch.setitem(tune.TUNERS, "torch_tuned", replace(tune.TUNERS["torch_tuned"], search=search))
     store = Store(tmp_path / "results")
     cases = tuning_cases(["torch_tuned", "gather"], [[64, 64], [32, 64]], [32], [32, 16], 0.5, ["bf16", "fp32", "tf32"])
     assert [(c.case.out_features, c.precision, c.case.block_size) for c in cases] == [
@@ -613,7 +613,7 @@ def test_a_search_that_raises_costs_its_own_case_only(tmp_path, monkeypatch):
     def search(case, device):
         raise RuntimeError("the compiler crashed")
 
-    monkeypatch.setattr(tune, "search_torch_bsr", search)
+    monkeypatch.setitem(tune.TUNERS, "torch_tuned", replace(tune.TUNERS["torch_tuned"], search=search))
     (case,) = tuning_cases(["torch_tuned"], [[64, 64]], [32], [32], 0.5, ["fp32"])
     (row,) = case.measure(CPU, SHORT)
     assert row["metric"] == "failed" and "RuntimeError: the compiler crashed" in row["note"]

@@ -29,10 +29,6 @@ from .results import FAILED
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype that activations and weights have in each precision class."""
 
-TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
-"""Largest accepted error against the dense result, relative to the largest dense output, by precision class."""
-
-
 OTHERS_ON_GPU = 2 << 30
 """Bytes of GPU memory beyond PyTorch's own pool from which on a sweep warns; a CUDA context alone takes half of it."""
 
@@ -116,19 +112,6 @@ def precision_class(name: str, device: torch.device | str) -> Iterator[torch.dty
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def check_close(actual: torch.Tensor, expected: torch.Tensor, precision: str, what: str) -> None:
-    """Raise ``ArithmeticError`` if a variant's output is not the dense one within its precision class's tolerance."""
-    if actual.shape != expected.shape:
-        raise ArithmeticError(f"{what} has shape {tuple(actual.shape)}; the dense result has {tuple(expected.shape)}")
-    error = float((actual.float() - expected.float()).abs().max())
-    scale = float(expected.float().abs().max())
-    if not error <= TOLERANCE[precision] * scale:  # NaN must fail
-        raise ArithmeticError(
-            f"{what} differs from the dense result by {error:.3g} (largest output {scale:.3g}); expected at most "
-            f"{TOLERANCE[precision]:g} of it in {precision}: the backend is wrong, nothing was written"
-        )
 
 
 def device_name(device: torch.device | str) -> str:

@@ -164,3 +164,10 @@ def variant(row: pd.Series) -> str:
 def most_threads(rows: pd.DataFrame) -> pd.DataFrame:
     """Of CPU rows those of the largest number of threads, which is what a device is judged by; GPU rows all."""
     return rows[rows["threads"].isna() | (rows["threads"] == rows["threads"].max())]
+
+
+def newest_machines(rows: pd.DataFrame) -> list[str]:
+    """Of each processor, which may have been measured with several numbers of cores, the ``device`` measured last."""
+    last = rows.groupby("device")["date"].max().sort_values(kind="stable")
+    processor = last.index.str.replace(r" \(\d+ cores?\)$", "", regex=True)
+    return list(last.groupby(processor).tail(1).index)

@@ -1,93 +1,146 @@
-"""The README's first table: how fast ViT-B/16 is, dense and block-sparse, and what that sparsity costs. No torch."""
+"""The README's first numbers: how fast ViT-B/16 is, dense and block-sparse, and what that sparsity costs. No torch."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from . import literature
-from .comparisons import most_threads, over_strongest_field, speedups
+from .comparisons import fastest_of_each, most_threads, newest_machines, over_strongest_field, speedups, where
 from .results import SCOPE_TITLES, UNPRUNED, Store
 
 MODEL = "vit_b_16"
 BATCHES = (1, 256)  # one image is what a device sees; 256 is the post's
-CASES = (("mlp", 0.8, 32), ("mlp", 0.9, 32), ("mlp", 0.9, 64), ("all", 0.9, 64))
-"""``(scope, sparsity, block size)``: those with published losses, and the fastest."""
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of the columns
+Case = tuple[str, float, int]  # scope, sparsity, block size
 
+CASES: tuple[Case, ...] = (("mlp", 0.8, 32), ("mlp", 0.9, 32), ("all", 0.9, 64))
+"""Those whose published losses are worth it, and the fastest."""
 
-OURS_DENSE = (UNPRUNED, 0.0, 32)
+OURS_DENSE: Case = (UNPRUNED, 0.0, 32)
 """Likewise the dense model wholly on our kernel: what of a speedup is the kernel's."""
 
-DENSE_TOO = "+dense"
-"""Ends the name of a backend that runs the layers which stay dense as well; see ``workloads.variants``."""
+NOT_COMPILED = "ᵉ"
+"""Marks a speedup whose sparse model was timed eagerly only; elsewhere compiled models took part."""
 
 
-def markdown(store: Store) -> str:
-    """A Markdown table for each batch size measured: milliseconds, and times as fast as the fastest dense engine.
+def fastest(store: Store) -> pd.DataFrame:
+    """The way to run each case that is surely fastest, on each processor, in each precision class and batch size.
 
-    A column is a device and precision class, the last what the sparsity cost on ImageNet as published. Each speedup is
-    over the dense engine that was timed in turn with it, and is that of the way to run the model that is surely
-    fastest; its spread is in brackets. The dense times are the medians over these groups.
+    A processor that was measured with several numbers of cores is told of by its newest run.
+
+    Returns:
+        Rows of ``comparisons.speedups``, one a cell, with ``column`` (processor and precision, in the order of the
+        README's columns), ``eager_value`` (s, eager dense PyTorch in the same group) and ``compiled`` (whether
+        compiled sparse models were timed as well).
     """
-    rows = _speedups(store)
-    if rows.empty:
-        return "No speed of a whole ViT-B/16 is in the tables yet.\n"
-    parts = [_table(rows[rows["batch_size"] == batch], batch) for batch in BATCHES]
-    return "\n".join(part for part in parts if part)
-
-
-def _speedups(store: Store) -> pd.DataFrame:
-    """Every variant of each case, over the strongest field of dense engines; ``eager_value`` beside it."""
     rows = store.read("vit")
     rows = rows[rows["model"] == MODEL]
     rows = pd.concat([most_threads(mine) for _, mine in rows.groupby("device")] or [rows])
     cases = pd.DataFrame([*CASES, OURS_DENSE], columns=["scope", "sparsity", "block_size"])
     found = over_strongest_field(speedups(rows)).merge(cases)
+    found = found[found["batch_size"].isin(BATCHES)]
+    for precision, mine in found.groupby("precision"):
+        found = found[(found["precision"] != precision) | found["device"].isin(newest_machines(mine))]
     eager = rows[(rows["backend"] == "dense") & (rows["compile"] == "eager") & (rows["metric"] == "latency")]
-    return found.merge(eager[["group", "precision", "value"]].rename(columns={"value": "eager_value"}), how="left")
+    found = found.merge(eager[["group", "precision", "value"]].rename(columns={"value": "eager_value"}), how="left")
+    cell = ["device", "precision", "batch_size", "scope", "sparsity", "block_size"]
+    found["compiled"] = found["compile"].ne("eager").groupby([found[key] for key in cell]).transform("any")
+    best = fastest_of_each(found, cell, by="speedup_low")
+    order = pd.Categorical(best["precision"], PRECISIONS)
+    best = best.assign(column=best["device"] + ", " + best["precision"], order=order)
+    return best.sort_values(["order", "device"]).drop(columns="order")
+
+
+def case_title(scope: str, sparsity: float, block_size: float) -> str:
+    """``MLP, 80% in blocks of 32``; of the dense model ``dense, on our kernel``."""
+    if scope == UNPRUNED:
+        return "dense, on our kernel"
+    return f"{SCOPE_TITLES[scope]}, {sparsity:.0%} in blocks of {block_size:.0f}"
+
+
+def of_case(rows: pd.DataFrame, case: Case) -> pd.DataFrame:
+    """The rows of one of ``CASES`` or of ``OURS_DENSE``."""
+    scope, sparsity, block_size = case
+    return where(rows, scope=scope, sparsity=sparsity, block_size=block_size)
+
+
+def published_loss(case: Case) -> str:
+    """Points of top-1 that a published ViT-B/16 with such an MLP lost on ImageNet; empty if none is known."""
+    scope, sparsity, block_size = case
+    found = where(literature.losses(), sparsity=sparsity, block_size=block_size)
+    return f"{found['lost'].iloc[0]:.1f}" if scope == "mlp" and len(found) else ""
+
+
+def markdown(store: Store) -> str:
+    """For each batch size measured: in a line a case how much faster it is, then all numbers as a Markdown table; and
+    the bytes that the weights take.
+
+    A column is a device and precision class. Each speedup is over the dense engine that was timed in turn with it, with
+    its spread in brackets. The dense times are the medians over the groups in which these speedups were measured.
+    """
+    rows = fastest(store)
+    if rows.empty:
+        return "No speed of a whole ViT-B/16 is in the tables yet.\n"
+    parts = [_batch(rows[rows["batch_size"] == batch], batch) for batch in BATCHES]
+    return "\n".join([*filter(None, parts), _weights_held(store, rows)]).rstrip("\n") + "\n"
+
+
+def _batch(rows: pd.DataFrame, batch: int) -> str:
+    if rows.empty:
+        return ""
+    images = "" if batch == 1 else f", a batch of {batch}"
+    told = [_line_of(mine, case, images) for case in CASES if len(mine := of_case(rows, case))]
+    return "\n".join([*told, "", _table(rows, batch)])
+
+
+def _line_of(rows: pd.DataFrame, case: Case, images: str) -> str:
+    low, high = rows["speedup"].min(), rows["speedup"].max()
+    times = f"{low:.2f}×" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}× to {high:.2f}×"
+    loss = published_loss(case)
+    costs = (
+        f"a published model lost {loss} points of top-1" if loss else "no accurate model of this shape is known to us"
+    )
+    return f"- {case_title(*case)}{images}: **{times}** as fast; {costs}."
+
+
+def _weights_held(store: Store, rows: pd.DataFrame) -> str:
+    """What is left of the weights in memory, as measured last, whatever the device: it has no part in it."""
+    precision = rows["precision"].iloc[0]
+    held = where(store.read("vit"), model=MODEL, metric="model_bytes", precision=precision)
+    dense = where(held, backend="dense")
+    told = [f"dense {_mb(dense['value'].iloc[-1])}"] if len(dense) else []
+    for case in CASES:
+        ours = where(of_case(held, case), backend=list(of_case(rows, case)["backend"]))
+        told += [f"{case_title(*case)}: {_mb(ours['value'].iloc[-1])}"] if len(ours) else []
+    return f"Weights held in memory ({precision}): {'; '.join(told)}.\n" if len(told) > 1 else ""
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def _table(rows: pd.DataFrame, batch: int) -> str:
-    if rows.empty:
-        return ""
-    columns = dict(list(rows.groupby(["device", "precision"])))
+    columns = dict(list(rows.groupby("column", sort=False)))
     title = "One image" if batch == 1 else f"A batch of {batch}"
-    heads = [title, *(f"{device}, {precision}" for device, precision in columns), "points lost, published"]
+    heads = [title, "points lost, published", *columns]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for name, column in (("dense, eager PyTorch", "eager_value"), ("dense, the fastest engine", "dense_value")):
-        lines.append(_line([name, *(_ms(mine[column].median()) for mine in columns.values()), ""]))
-    unpruned = [_of(mine, *OURS_DENSE) for mine in columns.values()]
-    if any(len(mine) for mine in unpruned):
-        lines.append(_line(["dense, on our kernel", *map(_cell, unpruned), ""]))
-    for case in CASES:
-        ways = {"": [_of(mine, *case) for mine in columns.values()]}
-        if any(mine["backend"].str.endswith(DENSE_TOO).any() for mine in ways[""]) and case[0] != "all":
-            ways["; the other layers in PyTorch"] = [m[~m["backend"].str.endswith(DENSE_TOO)] for m in ways[""]]
-        for way, cells in ways.items():
-            if any(len(mine) for mine in cells):
-                scope, sparsity, block = case
-                name = f"{SCOPE_TITLES[scope]}, {sparsity:.0%} in blocks of {block}{way}"
-                lines.append(_line([name, *map(_cell, cells), _published_loss(*case)]))
+        lines.append(_line([name, "", *(_ms(mine[column].median()) for mine in columns.values())]))
+    for case in (OURS_DENSE, *CASES):
+        cells = [of_case(mine, case) for mine in columns.values()]
+        if any(len(mine) for mine in cells):
+            loss = "" if case == OURS_DENSE else published_loss(case) or "none published"
+            lines.append(_line([case_title(*case), loss, *map(_cell, cells)]))
     return "\n".join(lines) + "\n"
-
-
-def _of(rows: pd.DataFrame, scope: str, sparsity: float, block_size: int) -> pd.DataFrame:
-    return rows[(rows["scope"] == scope) & (rows["sparsity"] == sparsity) & (rows["block_size"] == block_size)]
 
 
 def _cell(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
-    best = rows.loc[rows["speedup_low"].idxmax()]
-    how = "" if best["compile"] == "eager" else ", compiled"
+    best = rows.iloc[0]
     spread = f"{best['speedup_low']:.2f}–{best['speedup_high']:.2f}"
-    return f"{_ms(best['value'])}{how}, **{best['speedup']:.2f}×** ({spread})"
-
-
-def _published_loss(scope: str, sparsity: float, block_size: int) -> str:
-    """Of ViT-B/16 on ImageNet with a sparse MLP, as its sources have it."""
-    losses = literature.losses()
-    found = losses[(losses["sparsity"] == sparsity) & (losses["block_size"] == block_size)]
-    return f"{found['lost'].iloc[0]:.1f}" if scope == "mlp" and len(found) else "none published"
+    mark = "" if best["compiled"] else NOT_COMPILED
+    return f"{_ms(best['value'])}, **{best['speedup']:.2f}×**{mark} ({spread})"
 
 
 def _ms(seconds: float) -> str:

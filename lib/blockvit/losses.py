@@ -169,3 +169,11 @@ def difference(one: pd.Series, other: pd.Series) -> tuple[float, float]:
     """How many points more ``other`` lost than ``one``, and one standard error of that; rows of ``points_lost``."""
     variances = _variance(pd.DataFrame([one, other]).infer_objects())
     return other["lost"] - one["lost"], variances.sum(skipna=False) ** 0.5
+
+
+def surely_fastest(points: pd.DataFrame, most: float = CHEAP) -> pd.DataFrame:
+    """Of models that ``lost`` less than ``most`` points the one that is surely fastest: one row, or none.
+
+    The highest low end of the speedup's spread, for the highest median is the luckiest one.
+    """
+    return points[points["lost"] < most].nlargest(1, "speedup_low")

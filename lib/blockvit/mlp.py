@@ -72,13 +72,15 @@ class BlockSparseMLP(nn.Sequential):
         from .kernels.triton import mlp  # not at the top: it imports Triton
 
         first, second = pattern.first, pattern.second
-        schedules = mlp.schedules(_packed(first), _packed(second))
+        packed = _packed(first), _packed(second)
+        schedules = mlp.schedules(*packed)
         for name, tensor in zip(_SCHEDULES, (*schedules[0], *schedules[1]), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         first._scheduled = second._scheduled = True
         sizes = first.in_features, first.out_features
+        height = max(p.values.shape[1] for p in packed)
         self.min_tokens = mlp.min_tokens(
-            first.values.device, sizes, first.block_size, first.values.dtype, first.bsr.nnz
+            first.values.device, sizes, first.block_size, first.values.dtype, first.bsr.nnz, height
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -174,8 +174,9 @@ def execute(
                 progress_bar=False,
                 on_cell_start=started,
                 coalesce_streams=True,
+                iopub_timeout=120,  # a loaded machine delivers a cell's outputs late; later than this is an error
             )
-    except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or never answered
+    except (PapermillExecutionError, RuntimeError, TimeoutError) as error:  # the last: the kernel died or kept silent
         cause = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else f"{error}"
         raise NotebookError(
             f"{notebook.name} stopped at cell {number} of {notebook.cells}, which begins `{first_line}`\n"

@@ -5,7 +5,7 @@
 """
 
 from ..comparisons import beside_most_engines, where
-from .decided import claims_list, goals_by_device, verdicts
+from .decided import claims_list, goals_by_device
 from .folding import conversion
 from .rows import AT, by_threads, timed_alone, timed_together, with_dense, with_speed
 from .speed import (
@@ -63,7 +63,6 @@ __all__ = [
     "timed_together",
     "trade_text",
     "training",
-    "verdicts",
     "where",
     "whole_model",
     "with_dense",

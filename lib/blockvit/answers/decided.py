@@ -6,35 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..claims import FAILS, HOLDS, HOLDS_ON_CPU, LIFTED, OPEN, UNDECIDED, VERDICT, Verdict
-
-_COUNTED = {
-    HOLDS: ("holds", "hold"),
-    HOLDS_ON_CPU: ("holds on a CPU", "hold on a CPU"),
-    LIFTED: ("is a limit no longer", "are limits no longer"),
-    FAILS: ("does not hold", "do not hold"),
-    UNDECIDED: ("is not decided", "are not decided"),
-    OPEN: ("is not measured here", "are not measured here"),
-}
-
-
-def verdicts(decided: pd.DataFrame) -> str:
-    """How many of the claims hold, do not, or are open, and which; ``decided`` is as of ``claims.decide``.
-
-    A claim that was measured nowhere is open; one that devices decide differently counts with each.
-    """
-    measured = decided[decided["verdict"] != OPEN]
-    ids = list(dict.fromkeys(decided["id"]))
-    found = {
-        verdict: [i for i in ids if (measured[measured["id"] == i]["verdict"] == verdict).any()] for verdict in _COUNTED
-    }
-    found[OPEN] = [i for i in ids if i not in set(measured["id"])]
-    told = [
-        f"{len(those)} {_COUNTED[verdict][len(those) > 1]} ({', '.join(those)})"
-        for verdict, those in found.items()
-        if those
-    ]
-    return f"Of {len(ids)} claims {', '.join(told)}." if told else "No claim is decided: the tables are empty."
+from ..claims import OPEN, VERDICT, Verdict
 
 
 def claims_list(decided: pd.DataFrame) -> str:

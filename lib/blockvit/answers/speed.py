@@ -14,7 +14,7 @@ from .rows import AT, with_dense
 
 
 def break_evens(speedups: pd.DataFrame, *, log: bool = False) -> dict[int, str]:
-    """Break-even sparsity by block size: ``{16: "86%", 32: "never", 64: "already at 50%"}``; none without a sweep.
+    """Break-even sparsity by block size: ``{16: "86%", 32: "never", 64: "≤ 50%"}``; none without a sweep.
 
     Of several layers or models it is the highest. ``log`` as in ``comparisons.break_even``: text and figure agree.
     Rows of several token counts or batch sizes raise ``ValueError``: their break-evens differ.
@@ -30,13 +30,13 @@ def break_evens(speedups: pd.DataFrame, *, log: bool = False) -> dict[int, str]:
         if not edges:
             continue
         edge = None if None in edges else max(edges)
-        already = "already at " if edge is not None and edge <= cell["sparsity"].min() else ""
-        texts[int(block)] = "never" if edge is None else f"{already}{edge:.0%}"
+        at_most = "≤ " if edge is not None and edge <= cell["sparsity"].min() else ""
+        texts[int(block)] = "never" if edge is None else f"{at_most}{edge:.0%}"
     return texts
 
 
 def break_even_text(speedups: pd.DataFrame, *, log: bool = False) -> str:
-    """As ``break_evens``, in one line: ``16: 86%, 32: never, 64: already at 50%``."""
+    """As ``break_evens``, in one line: ``16: 86%, 32: never, 64: ≤ 50%``."""
     return ", ".join(f"{block}: {text}" for block, text in break_evens(speedups, log=log).items())
 
 
@@ -54,37 +54,36 @@ def linear(speedups: pd.DataFrame, over_engines: pd.DataFrame, reference: str) -
     if len(others):
         best = others.groupby("backend")["speedup"].median().idxmax()
         edge = _from_text(where(speedups, backend=best))
-        told = f"through `{best}`, in the slowest layer, {edge} over eager dense PyTorch"
+        told = f"through `{best}` the slowest layer beats eager dense PyTorch: {edge}"
         beside = where(over_engines, backend=best)
         if beside["dense_variants"].max() > 1:
-            engines = f"{beside['dense_variants'].max():.0f} dense engines"
-            told += (
-                f"; {_from_text(beside)} over the fastest of {engines} ({' and '.join(sorted(set(beside['model'])))})"
-            )
+            layers = " and ".join(sorted(set(beside["model"])))
+            engines = f"{beside['dense_variants'].max():.0f} dense engines (timed for {layers})"
+            told += f"; the fastest of {engines}: {_from_text(beside)}"
         parts.append(f"{told}.")
     if len(own):
         faster = f"{(own['speedup'] > 1).sum()} of {len(own)} cells are faster"
         how = "Through" if parts else "through"
-        parts.append(f"{how} `{reference}`, PyTorch's own kernels, {_from_text(own)}: {faster}.")
+        parts.append(f"{how} `{reference}`, PyTorch's own kernels: {_from_text(own)} ({faster}).")
     return " ".join(parts) or "no block-sparse layer is in the tables yet."
 
 
 def _from_text(speedups: pd.DataFrame) -> str:
-    """``already at 50%``, ``from 22% to 33% on, by block size``, or ``never``; else what each block size does."""
+    """When it is faster: ``from 22% to 33% sparsity on, by block size``, ``at every sparsity measured``, ``never``."""
     edges = break_evens(speedups, log=True)
     if not edges:
-        return "not known, from one sparsity alone,"
+        return "not known, only one sparsity was measured"
     told = set(edges.values())
+    if told == {"never"}:
+        return "never"
+    lowest = f"at every sparsity measured (from {speedups['sparsity'].min():.0%} on)"
+    if all(text.startswith("≤") for text in told):
+        return lowest
     if all(re.fullmatch(r"\d+%", text) for text in told):
         low, high = (how(told, key=lambda text: int(text[:-1])) for how in (min, max))
-        return f"from {low} on" if low == high else f"from {low} to {high} on, by block size,"
-    if len(told) == 1:
-        return told.pop() + ("" if "never" in edges.values() else ", the lowest sparsity measured here,")
-    by_block = ", ".join(
-        f"{'from ' * text[0].isdigit()}{text}{' on' * text[0].isdigit()} in blocks of {block}"
-        for block, text in edges.items()
-    )
-    return f"{by_block},"
+        return f"from {low} sparsity on" if low == high else f"from {low} to {high} sparsity on, by block size"
+    texts = {text: lowest if text.startswith("≤") else text if text == "never" else f"from {text} on" for text in told}
+    return ", ".join(f"in blocks of {block} {texts[text]}" for block, text in edges.items())
 
 
 def linear_summary(speedups: pd.DataFrame, sparsity: float = AT) -> pd.DataFrame:

@@ -38,12 +38,10 @@ def _cost(lost: pd.DataFrame, points: pd.DataFrame, setting: str, sparsity: floa
     if at.empty:
         return f"{setting}: not known; no masked model at {sparsity:.0%} has a dense one to be compared with."
     text = f"{setting}: at {sparsity:.0%} sparsity at most {max(at.max(), 0):.1f} points of top-1 are lost"
-    cheap = points[points["lost"] < losses.CHEAP]
-    if len(cheap):
-        top = cheap.loc[cheap["speedup_low"].idxmax()]
+    for top in losses.surely_fastest(points).itertuples():
         text += (
-            f"; of the models that lost less than {losses.CHEAP:g} the fastest has {top['speedup']:.2f}× the speed of "
-            "eager dense PyTorch"
+            f"; of the models that lost less than {losses.CHEAP:g} points the surely fastest (highest low end of the "
+            f"spread) is {top.speedup:.2f}× as fast as eager dense PyTorch"
         )
     return f"{text}."
 
@@ -129,14 +127,11 @@ def _learning_text(learnt: pd.Series, frozen: pd.DataFrame) -> str:
 
 
 def trade_text(points: pd.DataFrame, batch_size: int, most: float = losses.CHEAP) -> str:
-    """The speed to be had for less than ``most`` points, of ``points`` with ``lost`` and a speedup with its spread.
-
-    The one that is surely fastest: the highest low end of the spread, for the highest median is the luckiest one.
-    """
-    cheap = points[points["lost"] < most]
-    if cheap.empty:
+    """The speed to be had for less than ``most`` points, of ``points`` with ``lost`` and a speedup with its spread."""
+    fastest = losses.surely_fastest(points, most)
+    if fastest.empty:
         return f"No masked model whose speed was measured lost less than {most:g} points." if len(points) else ""
-    top = cheap.loc[cheap["speedup_low"].idxmax()]
+    top = fastest.iloc[0]
     spread = f"{top['speedup_low']:.2f}× to {top['speedup_high']:.2f}×"
     told = (
         f"With less than {most:g} points lost, this model at batch {batch_size} is {top['speedup']:.2f}× as fast as "

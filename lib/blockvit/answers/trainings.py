@@ -142,12 +142,13 @@ def step_text(overheads: pd.DataFrame, step_model: str) -> str:
 
     def at(count: float, backend: str) -> str:
         cell = overheads[(overheads["backend"] == backend) & (overheads[size] == count)]
+        low, high = (f"{round(100 * value)}%" for value in (cell["overhead"].min(), cell["overhead"].max()))
         spread = f"{cell['overhead_low'].min():+.0%} to {cell['overhead_high'].max():+.0%}"
-        return f"{ways[backend][count]:.1%} ({spread})"
+        return f"{low} ({spread})" if low == high else f"{low} to {high} ({spread})"
 
     text = (
         f"A masked training step of {step_model} takes longer than the dense one by {at(many, 'supermask')} at "
-        f"{many:.0f} {unit} and {at(few, 'supermask')} at {few:.0f} (median of the block sizes, and what the spread of "
+        f"{many:.0f} {unit} and by {at(few, 'supermask')} at {few:.0f}, by block size (in brackets, what the spread of "
         "the timings allows)"
     )
     if "naive" in ways:

@@ -8,12 +8,14 @@ figure. What is computed for a figure and would stand in a text as well belongs 
 - ``roofline``: single layers against what the device can do, and what an MLP has to move.
 - ``models``: whole models: speed, memory, and converting them.
 - ``latency``: one image at a time: the distribution of the latency, and threads.
+- ``headline``: whole models on every machine at once.
 - ``losses``: what sparsity costs, beside the speed it buys.
 - ``style``: what they share to draw: titles, colours, markers, lines, axes, legends, labels, saving.
 - ``words``: what they share to name: models, layers, backends, engines, machines.
 - ``rows``: what they share to read: which rows a figure may take, and those of each block size.
 """
 
+from .headline import headline_speedups
 from .latency import latency_tails, threads
 from .layers import contenders, large_matmuls, linear_speedup, linear_throughput, speedup_heatmaps
 from .losses import accuracy, mask_changes, pareto, variants
@@ -30,6 +32,7 @@ __all__ = [
     "contenders",
     "conversion",
     "execution_modes",
+    "headline_speedups",
     "kept_blocks",
     "large_matmuls",
     "latency_tails",

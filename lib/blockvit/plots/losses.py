@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ..losses import CHEAP, FROZEN
+from ..losses import CHEAP, FROZEN, STARTED, surely_fastest
 from .rows import baseline, block_sizes, one_of, require
 from .style import (
     ACCENT,
@@ -67,42 +69,51 @@ def accuracy(top1: pd.DataFrame, published_loss: pd.DataFrame) -> Figure:
 
 
 def variants(cells: pd.DataFrame) -> Figure:
-    """Points lost by each way to train a model of one block size and sparsity; bars span the seeds.
+    """Accuracy by each way to train a model of one block size and sparsity; bars span the seeds, hollow is one seed.
 
     The reference method is drawn above, in a colour of its own. It and masks left random are lines, too: what other
-    ways to train, and what learning masks, have to beat.
+    ways to train, and what learning masks, have to beat. So are the dense models that they are compared with.
 
     Args:
         cells: rows of ``losses.points_lost``, all of one block size and sparsity.
     """
     rows = require(cells, "trainings of this block size and sparsity")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
-    rows = rows.sort_values(["variant", "lost"], key=lambda c: c if c.name == "lost" else c != "")
-    dense = rows["dense_top1"].mode()[0]
-    names, block = _variant_labels(rows, dense), rows["block_size"].iloc[0]
+    rows = rows.sort_values(["variant", "top1"], key=lambda c: -c if c.name == "top1" else c != "")
+    names, block = _variant_labels(rows), rows["block_size"].iloc[0]
     figure, axes = plt.subplots(
         figsize=(WIDTH, 1.7 + (0.32 if any("\n" in name for name in names) else 0.25) * len(rows))
     )
-    entitle(figure, f"{trained_sparse(rows)}: what each way to train loses", trained_on(rows))
-    seeds = [rows["high"] - rows["top1"], rows["top1"] - rows["low"]]
-    axes.errorbar(rows["lost"], range(len(rows)), xerr=seeds, fmt="none", color=DENSE, capsize=2, lw=1)
-    for i, (lost, variant) in enumerate(zip(rows["lost"], rows["variant"], strict=True)):
-        style = {"label": None} if variant else {"label": _REFERENCE, "color": ACCENT, "marker": "o", "markersize": 7}
-        draw_line(axes, [lost], [i], block, linestyle="none", **style)
-    exceptions = " unless stated" if rows["dense_top1"].nunique() > 1 else ""
-    axes.axvline(0, color=DENSE, linewidth=1, zorder=1, label=f"dense, {dense:.1f}%{exceptions}")
+    hollow = "hollow: one seed" if rows["seeds"].min() == 1 < rows["seeds"].max() else ""
+    entitle(figure, f"{trained_sparse(rows)}: accuracy by way to train", trained_on(rows), hollow)
+    seeds = [rows["top1"] - rows["low"], rows["high"] - rows["top1"]]
+    axes.errorbar(rows["top1"], range(len(rows)), xerr=seeds, fmt="none", color=DENSE, capsize=2, lw=1)
+    for i, row in enumerate(rows.itertuples()):
+        style = {"label": None} if row.variant else {"label": _REFERENCE, "color": ACCENT, "marker": "o"}
+        style |= {"markersize": 5 if row.variant else 7, "linestyle": "none"}
+        draw_line(
+            axes, [row.top1], [i], block, **style, **({"markerfacecolor": "white"} if hollow and row.seeds == 1 else {})
+        )
+    usual = rows["dense_top1"].mode()[0]
+    for dense, those in rows.groupby("dense_top1"):
+        label = "dense" if dense == usual else f"dense, {_dense_training(those)}"
+        dash = "-" if dense == usual else "--"
+        axes.axvline(dense, color=DENSE, linewidth=1, linestyle=dash, zorder=1, label=f"{label}: {dense:.1f}%")
     for variant, colour in (("", ACCENT), (FROZEN, DENSE)):
-        for lost in rows.loc[rows["variant"] == variant, "lost"]:
+        for top1 in rows.loc[rows["variant"] == variant, "top1"]:
             label = _PARTS[FROZEN] if variant else None
-            axes.axvline(lost, color=colour, linestyle=":", linewidth=0.9, zorder=1, label=label)
-    axes.set(
-        yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), xlabel="points lost against dense (fewer is better)"
-    )
+            axes.axvline(top1, color=colour, linestyle=":", linewidth=0.9, zorder=1, label=label)
+    axes.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), xlabel="test accuracy (%)")
     axes.set_yticklabels(names, fontsize=7.5)
     for label, variant in zip(axes.get_yticklabels(), rows["variant"], strict=True):
         label.set_fontweight("normal" if variant else "bold")
     legend(figure)
     return figure
+
+
+def _dense_training(rows: pd.DataFrame) -> str:
+    """How the dense model was trained that these variants are compared with."""
+    return "trained on for as long" if rows["variant"].str.contains(STARTED).all() else "trained for as long"
 
 
 _REFERENCE = "reference: learnt scores"
@@ -125,15 +136,10 @@ LEARNING_RATES = {"digits": 1e-3, "cifar10": 1e-3, "imagenet": 3e-3}
 """Of the recipes, for weights and scores alike: they need torch, figures do not."""
 
 
-def _variant_labels(rows: pd.DataFrame, usual: float) -> list[str]:
-    """Names of variants, with the dense accuracy of those that are compared with another; in two lines if long."""
-    told = ["" if dense == usual else f" (dense {dense:.1f}%)" for dense in rows["dense_top1"]]
-    labels = []
-    for variant, recipe, dense in zip(rows["variant"], rows["recipe"], told, strict=True):
-        start, rest = _variant_parts(variant, recipe)
-        head, tail = f"{start}{dense}" if start else "", f"{rest}" if start else f"{rest}{dense}"
-        labels.append(f"{head}:\n{tail}" if head and tail else head or tail)
-    return labels
+def _variant_labels(rows: pd.DataFrame) -> list[str]:
+    """Names of variants, in two lines where they start from something."""
+    parts = [_variant_parts(variant, recipe) for variant, recipe in zip(rows["variant"], rows["recipe"], strict=True)]
+    return [":\n".join(filter(None, part)) for part in parts]
 
 
 def _variant_parts(variant: str, recipe: str) -> tuple[str, str]:
@@ -160,16 +166,18 @@ def _part(name: str, value: str, recipe: str) -> str:
     return _PATTERNS[name].format(value) if name in _PATTERNS else _PARTS.get(pair, pair)
 
 
-def mask_changes(masks: pd.DataFrame) -> Figure:
+def mask_changes(masks: pd.DataFrame, order: Sequence[str] = ()) -> Figure:
     """By variant, the share of the kept blocks that the untrained mask had dropped: the layers and their mean.
 
     Args:
         masks: rows of the table ``masks``, all of one block size and sparsity, with the column ``variant``; those with
             metric ``exchanged`` (%) are drawn, beside what the shares ``kept`` (%) let expect of a mask drawn anew.
+        order: variants from top to bottom; others come last.
     """
     rows = require(masks[masks["metric"] == "exchanged"], "masks")
     one_of(rows, "model", "recipe", "block_size", "sparsity")
-    variants, recipe = sorted(rows["variant"].unique()), rows["recipe"].iloc[0]
+    found, recipe = set(rows["variant"]), rows["recipe"].iloc[0]
+    variants = [*(variant for variant in order if variant in found), *sorted(found - set(order))]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.26 * len(variants)))
     entitle(figure, f"{trained_sparse(rows)}: blocks that training exchanged", trained_on(rows, spread=""))
     for i, variant in enumerate(variants):
@@ -180,7 +188,7 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
     anew = 100 - kept.mean()  # of so many of the blocks that another random mask keeps, this one dropped
     axes.axvline(anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
-    names = [":\n".join(filter(None, _variant_parts(variant, recipe))) for variant in variants]
+    names = _variant_labels(pd.DataFrame({"variant": variants, "recipe": recipe}))
     axes.set_yticklabels(names, fontsize=7.5)
     axes.set_xlabel("new among the blocks kept")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -191,9 +199,8 @@ def mask_changes(masks: pd.DataFrame) -> Figure:
 def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
     """Accuracy against measured speed of one model; whiskers span the seeds, and the timings.
 
-    Ringed is, of the models that lost less than ``CHEAP`` points, the one with the highest low end of its speedup's
-    spread, for the highest median is the luckiest one. No line joins the medians at the front: which of them stand
-    there, the whiskers leave open.
+    Ringed is ``losses.surely_fastest``. No line joins the medians at the front: which of them stand there, the whiskers
+    leave open.
 
     Args:
         points: ``block_size``, ``sparsity``, ``speedup`` with ``speedup_low`` and ``speedup_high`` over whichever dense
@@ -211,8 +218,7 @@ def pareto(points: pd.DataFrame, dense_top1: float) -> Figure:
         whiskers = {"fmt": "none", "color": COLOURS[block], "lw": 0.8, "alpha": 0.5, "zorder": 1.5}
         axes.errorbar(cell["speedup"], cell["top1"], seeds, timings, **whiskers)
         draw_line(axes, cell["speedup"], cell["top1"], block, linestyle="none", markersize=5.5)
-    cheap = rows[dense_top1 - rows["top1"] < CHEAP]
-    best = cheap.nlargest(1, "speedup_low")
+    best = surely_fastest(rows.assign(lost=dense_top1 - rows["top1"]))
     if len(best):
         ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "color": "0.15", "linestyle": "none"}
         label = f"highest low end of the speedup, less than {CHEAP:g} points lost"

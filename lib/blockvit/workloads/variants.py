@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import semi_structured
-from ..bench import DTYPES, Effort, check_close, failed_row, interleave, timing_row
+from ..agreement import check_close, poison
+from ..bench import DTYPES, Effort, failed_row, interleave, timing_row
 from ..clocks import Clock
 from ..convert import to_block_sparse
 from ..kernels import named
@@ -139,9 +140,12 @@ def measure_group(
             continue
         try:
             call = variant.build()
-            result = call()
-            if variant.expected is not None:
-                check_close(result, variant.expected(), precision, f"backend {variant.key['backend']!r}")
+            if variant.expected is None:
+                call()
+            else:
+                expected = variant.expected()
+                poison(expected)
+                check_close(call(), expected, precision, f"backend {variant.key['backend']!r}")
             calls[place] = call
         except Exception as error:
             if place == 0:

@@ -57,6 +57,9 @@ from .packing import Packed
 REGISTERS = 64 * 1024
 """Of a multiprocessor, from compute capability 8.0 on."""
 
+LEAST_REGISTERS = 48
+"""A thread needs so many whatever its sums are: with 32 the assembler gives up."""
+
 
 class Schedule(NamedTuple):
     """What to do for one layer, in which order; made once for its pattern of blocks.
@@ -344,6 +347,14 @@ def max_registers(parameters: Mapping[str, int]) -> int:
     return min(255, REGISTERS // (parameters["PROGRAMS"] * 32 * parameters["num_warps"]))
 
 
+def fits(parameters: Mapping[str, int], height: int, itemsize: int, shared: int) -> bool:
+    """Whether launch parameters suit groups of ``height`` outputs: shared memory and registers, by count."""
+    block_k = tuned.TILE_BYTES // itemsize
+    memory = tuned.shared_bytes(parameters["BLOCK_M"], height, block_k, parameters["num_stages"], itemsize)
+    sums = parameters["BLOCK_M"] * height // (32 * parameters["num_warps"])
+    return memory <= shared and max_registers(parameters) >= max(LEAST_REGISTERS, 2 * sums)
+
+
 def default_parameters(height: int, itemsize: int, shared: int) -> dict[str, int]:
     """Launch parameters for a GPU that nothing was tuned on: by counting and by what the compiler says; unmeasured.
 
@@ -383,28 +394,35 @@ def _parameters(
     height: int,
 ) -> Mapping[str, int]:
     """Tuned for this GPU, else by rule."""
-    entries = tuning.entries(device, tuned.MLP)
-    entry = tuning.nearest(entries, key(sizes, tokens, block_size, dtype, nnz, precision))
+    entry = tuning.nearest(_suiting(device, height, dtype), key(sizes, tokens, block_size, dtype, nnz, precision))
     if entry is not None:
         return entry["parameters"]
     return default_parameters(height, dtype.itemsize, tuned.resources(device)["shared"])
 
 
-def min_tokens(device: torch.device, sizes: tuple[int, int], block_size: int, dtype: torch.dtype, nnz: int) -> int:
+def _suiting(device: torch.device, height: int, dtype: torch.dtype) -> list[tuning.Entry]:
+    """What was tuned, but for lower groups, those of a sparser weight, if it takes more than there is for these."""
+    shared = tuned.resources(device)["shared"]
+    return [e for e in tuning.entries(device, tuned.MLP) if fits(e["parameters"], height, dtype.itemsize, shared)]
+
+
+def min_tokens(
+    device: torch.device, sizes: tuple[int, int], block_size: int, dtype: torch.dtype, nnz: int, height: int
+) -> int:
     """From how many tokens on one kernel is worth it, for layers with these ``sizes``: see ``key``.
 
     The smallest number that tuning found it faster for than the layers one by one; more than there can be, if it never
     was. Where nothing was tuned, only where the count above promises a gain, in half precision with blocks of 64 or
-    more, and from a tile for every multiprocessor on: with fewer some have nothing to do, while the layers one by one
-    would share a tile's block rows out among them.
+    more, and from two tiles for every multiprocessor on: with fewer a last round leaves many without work, while the
+    layers one by one would share a tile's block rows out among them.
     """
     wanted = key(sizes, 1, block_size, dtype, nnz, tuned.precision(dtype))
     alike = ("block_size", "dtype", "in_features", "out_features")
-    entries = tuning.entries(device, tuned.MLP)
+    entries = _suiting(device, height, dtype)
     entries = [e for e in entries if all(e["key"][name] == wanted[name] for name in alike)]
     if not entries:
         promising = dtype.itemsize == 2 and block_size >= 64
-        return 128 * tuned.resources(device)["multiprocessors"] if promising else sys.maxsize
+        return 2 * 128 * tuned.resources(device)["multiprocessors"] if promising else sys.maxsize
     faster = [e["key"]["tokens"] for e in entries if e["default_ms"] is None or e["ms"] < e["default_ms"]]
     return min(faster, default=sys.maxsize)
 

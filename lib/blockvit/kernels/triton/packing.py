@@ -64,15 +64,20 @@ class Packed:
 def pack(weight: BSRMatrix, group: int | None = None) -> Packed:
     """``weight`` in groups of ``group`` block rows, a power of two; None: as many as cost least by ``cost``.
 
-    Deterministic. Groups of one are the weight itself, without a copy.
+    Fewer where there are no more rows, or ``MEMORY`` allows no more. Deterministic. Groups of one are the weight
+    itself, without a copy.
     """
     if group == 1:
         return Packed(weight.crow_indices, weight.col_indices, weight.values, None)
     mask = _mask(weight)
     groupings = _groupings(mask, group or max(1, WIDEST_BYTES // (weight.block_size * weight.values.itemsize)))
+    entries = {size: int(_union(mask, rows).sum()) for size, rows in groupings.items()}
+    allowed = [size for size in groupings if size == 1 or size * entries[size] <= MEMORY * weight.nnz]
     if group is None:
-        group = _cheapest(weight, mask, groupings)
-    rows = groupings[min(group, max(groupings))]
+        dtype = weight.values.dtype
+        costs = {n: cost(entries[n], len(groupings[n]), n, weight.block_size, dtype) for n in allowed}
+        group = min(costs, key=costs.__getitem__)
+    rows = groupings[max(size for size in allowed if size <= group)]
     return pack(weight, 1) if rows.shape[1] == 1 else _packed(weight, rows, _union(mask, rows))
 
 
@@ -85,15 +90,6 @@ def cost(entries: int, groups: int, group: int, block_size: int, dtype: torch.dt
     flop = 2 * tokens * n * block_size * max(1, FULL_WIDTH / n)
     moved = dtype.itemsize * block_size * (tokens + n)
     return entries * (flop / TENSOR_FLOPS[dtype] + moved / L2_BYTES) + groups * PROGRAM_SECONDS
-
-
-def _cheapest(weight: BSRMatrix, mask: Tensor, groupings: dict[int, Tensor]) -> int:
-    costs = {}
-    for group, rows in groupings.items():
-        entries = int(_union(mask, rows).sum())
-        if group == 1 or entries * group <= MEMORY * weight.nnz:
-            costs[group] = cost(entries, len(rows), group, weight.block_size, weight.values.dtype)
-    return min(costs, key=costs.__getitem__)
 
 
 def _mask(weight: BSRMatrix) -> Tensor:

@@ -30,6 +30,9 @@ NEAR = 4
 """Parameters are taken over from a number of tokens up to so many times as large or small: a tile of 256 that is best
 for 50432 tokens would keep 24 of 132 multiprocessors busy with 197, whatever the rest of them gains."""
 
+SAME_SPARSITY = 0.025
+"""How far the sparsity may be from the one that a size of groups was found for."""
+
 HOPPER = {"multiprocessors": 132, "shared": 227 * 1024}
 """What counts where there is no GPU to ask."""
 
@@ -81,13 +84,15 @@ def group(
     """How many block rows a group has that was found best on this GPU; None if no weight of this shape was tuned.
 
     A weight is packed before anyone knows for how many tokens: the largest number that was tuned decides. Taken over
-    from no other shape: at 90% in blocks of 64, pairs of rows save fc1 a tenth and cost fc2 a quarter, counted.
+    from no other shape: at 90% in blocks of 64, pairs of rows save fc1 a tenth and cost fc2 a quarter, counted. Nor
+    from another sparsity (``SAME_SPARSITY``): rows of a sparser weight have fewer columns in common.
     """
     shape = {"out_features": out_features, "in_features": in_features}
     entries = [e for e in tuning.entries(device, LINEAR) if shape.items() <= e["key"].items()]
     tokens = max((e["key"]["tokens"] for e in entries), default=1)
     wanted = tuning.key(out_features, in_features, tokens, block_size, dtype, nnz, precision(dtype))
-    entry = tuning.nearest(entries, wanted)
+    alike = [e for e in entries if abs(e["key"]["sparsity"] - wanted["sparsity"]) <= SAME_SPARSITY]
+    entry = tuning.nearest(alike, wanted)
     return None if entry is None else entry["parameters"]["GROUP"]
 
 

@@ -36,9 +36,11 @@ def linear(
     tokens: int = 50432,
     out_features: int = 3072,
     length: float = 300.0,
+    activation: str | None = "gelu",
+    transposed: bool = False,
     **changes: int,
 ) -> tuple[offline.Report, dict[str, int]]:
-    """The block-sparse linear layer with a fused exact GELU, compiled; and the parameters that it was compiled with.
+    """The block-sparse linear layer, compiled; and the parameters that it was compiled with.
 
     Args:
         arch: compute capability times ten, 80 or 90.
@@ -49,6 +51,8 @@ def linear(
         tokens: rows of the input.
         out_features: of the layer.
         length: inputs that a group reads on average.
+        activation: fused, see ``linear.launch``.
+        transposed: with the weight's transpose instead, as the input's gradient is computed.
         changes: to the default parameters.
     """
     height = group * block_size
@@ -56,14 +60,14 @@ def linear(
     groups = out_features // height
     sizes = parameters.default(height, length, DTYPES[dtype].itemsize, precision, tokens, groups, **resources) | changes
     tensors = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "y_ptr"), dtype)
-    tensors |= dict.fromkeys(("crow_ptr", "col_ptr", *(["rows_ptr"] if group > 1 else [])), "i32")
+    indices = {"crow_ptr": True, "col_ptr": True, "rows_ptr": group > 1, "order_ptr": transposed}
+    tensors |= dict.fromkeys([name for name, there in indices.items() if there], "i32")
     constants = {
-        **({} if group > 1 else {"rows_ptr": None}),
-        "order_ptr": None,
+        **{name: None for name, there in indices.items() if not there},
         "ROWS": height,
         "COLS": block_size,
-        "TRANSPOSED": False,
-        "ACTIVATION": "gelu",
+        "TRANSPOSED": transposed,
+        "ACTIVATION": activation,
         "PRECISION": precision,
         **{name: value for name, value in sizes.items() if name.startswith("BLOCK")},
     }
