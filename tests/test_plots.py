@@ -1097,9 +1097,10 @@ def test_variants_of_a_trained_model_are_named_and_stand_beside_their_dense_mode
     (axes,) = figure.axes
     names = tick_names(axes)
     assert names[0] == "reference: learnt scores" and "from the trained dense model, 6 epochs" in names
-    start, how = next(name for name in names if "\n" in name).split("\n")
+    start, *how = next(name for name in names if "\n" in name).split("\n")
     assert start == "from the trained dense model, 6 epochs:"
-    assert how == "blocks of largest weights, sparsity raised slowly, taught by the dense model"
+    assert " ".join(how) == "blocks of largest weights, sparsity raised slowly, taught by the dense model"
+    assert len(how) == 2, "in lines that leave the panel its room"
     for label, top1 in (("dense: 68.0%", 68.0), ("dense, trained on for as long: 70.1%", 70.1)):
         (line,) = lines_of(axes, label)
         assert list(line.get_xdata()) == [top1, top1] and label in legend_labels(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -81,9 +82,7 @@ def variants(cells: pd.DataFrame) -> Figure:
     one_of(rows, "model", "recipe", "block_size", "sparsity")
     rows = rows.sort_values(["variant", "top1"], key=lambda c: -c if c.name == "top1" else c != "")
     names, block = _variant_labels(rows), rows["block_size"].iloc[0]
-    figure, axes = plt.subplots(
-        figsize=(WIDTH, 1.7 + (0.32 if any("\n" in name for name in names) else 0.25) * len(rows))
-    )
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.7 + _row_height(names) * len(rows)))
     hollow = "hollow: one seed" if rows["seeds"].min() == 1 < rows["seeds"].max() else ""
     entitle(figure, f"{trained_sparse(rows)}: accuracy by way to train", trained_on(rows), hollow)
     seeds = [rows["top1"] - rows["low"], rows["high"] - rows["top1"]]
@@ -137,9 +136,14 @@ LEARNING_RATES = {"digits": 1e-3, "cifar10": 1e-3, "imagenet": 3e-3}
 
 
 def _variant_labels(rows: pd.DataFrame) -> list[str]:
-    """Names of variants, in two lines where they start from something."""
+    """Names of variants, in lines that leave the panel its room; where they start from is in one of its own."""
     parts = [_variant_parts(variant, recipe) for variant, recipe in zip(rows["variant"], rows["recipe"], strict=True)]
-    return [":\n".join(filter(None, part)) for part in parts]
+    return [":\n".join(textwrap.fill(part, 50) for part in both if part) for both in parts]
+
+
+def _row_height(names: Sequence[str]) -> float:
+    """Inches that a row needs."""
+    return 0.17 + 0.08 * max(name.count("\n") + 1 for name in names)
 
 
 def _variant_parts(variant: str, recipe: str) -> tuple[str, str]:
@@ -178,7 +182,8 @@ def mask_changes(masks: pd.DataFrame, order: Sequence[str] = ()) -> Figure:
     one_of(rows, "model", "recipe", "block_size", "sparsity")
     found, recipe = set(rows["variant"]), rows["recipe"].iloc[0]
     variants = [*(variant for variant in order if variant in found), *sorted(found - set(order))]
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.26 * len(variants)))
+    names = _variant_labels(pd.DataFrame({"variant": variants, "recipe": recipe}))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + _row_height(names) * len(variants)))
     entitle(figure, f"{trained_sparse(rows)}: blocks that training exchanged", trained_on(rows, spread=""))
     for i, variant in enumerate(variants):
         exchanged = rows[rows["variant"] == variant].groupby("scope", sort=False)["value"].mean()
@@ -188,7 +193,6 @@ def mask_changes(masks: pd.DataFrame, order: Sequence[str] = ()) -> Figure:
     anew = 100 - kept.mean()  # of so many of the blocks that another random mask keeps, this one dropped
     axes.axvline(anew, color=DENSE, linestyle="--", linewidth=1, label="a mask drawn anew")
     axes.set(yticks=range(len(variants)), xlim=(-3, 103), ylim=(len(variants) - 0.4, -0.6))
-    names = _variant_labels(pd.DataFrame({"variant": variants, "recipe": recipe}))
     axes.set_yticklabels(names, fontsize=7.5)
     axes.set_xlabel("new among the blocks kept")
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))

@@ -1,0 +1,29 @@
+"""What the README says by hand of the tables is what they hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from blockvit import losses
+from blockvit.comparisons import where
+from blockvit.results import Store
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+UNTAUGHT = "epochs=6 method=magnitude sparsity_schedule=cubic start=dense"
+TAUGHT = f"distillation_alpha=0.5 {UNTAUGHT}"
+
+
+def test_accuracies_from_a_trained_model():
+    rows = Store(ROOT / "data" / "results").read("accuracy")
+    here = {"dataset": "cifar10-jpeg", "block_size": 32, "sparsity": 0.9}
+    cells = where(losses.points_lost(rows), **here).set_index("variant")
+    one_seed = where(losses.with_variants(where(rows, **here)), variant=UNTAUGHT, seed=0, metric="top1")["value"].iloc[
+        0
+    ]
+    assert cells.loc[[TAUGHT, UNTAUGHT], "seeds"].tolist() == [1, 2]
+    assert f"{cells.loc['', 'top1']:.1f}" == f"{cells.loc[losses.FROZEN, 'top1']:.1f}", "learnt as random"
+    told = re.search(r"\*\*No run shows yet .*?\n\n", README, re.DOTALL)[0]
+    held = [cells.loc[UNTAUGHT, "top1"], cells.loc[TAUGHT, "top1"], one_seed, cells.loc["", "top1"]]
+    assert re.findall(r"(\d+\.\d)%", told) == [f"{top1:.1f}" for top1 in (*held, cells.loc[TAUGHT, "dense_top1"])]
