@@ -174,7 +174,7 @@ def test_a_trained_dense_model_is_begun_with_and_teaches(trained, tmp_path, monk
     assert all(torch.equal(begun["teacher"].state_dict()[name], tensor) for name, tensor in last.items())
 
 
-def test_dense_models_that_others_begin_with_are_trained_once_and_first(tmp_path):
+def test_dense_models_that_others_begin_with_are_trained_once_and_first(tmp_path, monkeypatch):
     grid = accuracy.variants("digits", "vit_digits", 32, 0.5, [{"start": "dense"}])
     store, how = Store(tmp_path / "results"), {"checkpoints": tmp_path / "checkpoints", "recipe": {"epochs": 2}}
     report = accuracy.run(grid, store, **how, workers=2)
@@ -184,6 +184,12 @@ def test_dense_models_that_others_begin_with_are_trained_once_and_first(tmp_path
     assert sorted(rows[rows["metric"] == "top1"]["backend"]) == ["dense", "supermask"]
     files = list((tmp_path / "checkpoints/digits").glob("*.pt"))
     assert len(files) == 3
+    asked = []
+    monkeypatch.setattr(accuracy, "map_cells", lambda fn, cells, workers: asked.append(list(cells)) or iter(()))
+    half_trained = {"checkpoints": tmp_path / "checkpoints", "recipe": {"epochs": 2}}  # as far as the tables tell
+    accuracy.run([replace(cell, seed=0) for cell in grid[1:]], Store(tmp_path / "others"), **half_trained, workers=2)
+    assert asked[0] == [grid[1].start], "not by each that begins with it"
+    monkeypatch.undo()
     written = times_of_writing(tmp_path / "checkpoints")
     assert accuracy.run([GRID[0], *grid], store, **how, workers=2).measured == 1, "now it is, and is only loaded"
     assert times_of_writing(tmp_path / "checkpoints") == written

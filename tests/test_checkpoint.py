@@ -558,3 +558,24 @@ def test_state_that_is_no_tensor_is_told_of(path):
     model.norm = Extra()
     with pytest.warns(UserWarning, match=r"not saved, because it is no tensor: norm\._extra_state"):
         save(model, path)
+
+
+def test_loading_packs_each_layer_once(path, monkeypatch):
+    model = sparse_vit()
+    save(model, path)
+    packed, pack = [], BlockSparseLinear._pack
+    monkeypatch.setattr(BlockSparseLinear, "_pack", lambda self: packed.append(self) or pack(self))
+    loaded = load(path)
+    layers = [module for module in loaded.modules() if isinstance(module, BlockSparseLinear)]
+    assert len(packed) == len(layers) > 1
+    packed.clear()
+    loaded.load_state_dict({"class_token": loaded.class_token.detach().clone()}, strict=False)
+    assert packed == [], "nothing of their weights was given"
+
+
+def test_a_vision_transformer_whose_attention_drops_is_not_the_stock_one(path):
+    model = sparse_vit()
+    model.encoder.layers[0].self_attention.dropout = 0.2
+    save(model, path)
+    with pytest.raises(ValueError):
+        load(path)

@@ -555,9 +555,9 @@ def test_other_convolutions_stay_where_they_are():
 def test_auto_measures_the_patch_embedding_against_the_convolution(monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "beats", lambda ours, dense: asked.append((ours(), dense())) or True)
-    blockvit.patches.beats_convolution.cache_clear()
+    blockvit.patches._beats_convolution.cache_clear()
     assert blockvit.patches.beats_convolution(32, 3, 4, torch.float32, 32)
-    blockvit.patches.beats_convolution.cache_clear()
+    blockvit.patches._beats_convolution.cache_clear()
     ((ours, dense),) = asked
     assert dense.shape == (1, 32, 14, 14)
     torch.testing.assert_close(ours, dense)
@@ -698,3 +698,8 @@ def test_a_state_dict_that_does_not_fit_leaves_the_layer_as_it_was(damage, stric
         model.load_state_dict(state, strict=strict)
     assert torch.equal(model(x), before)
     model.to(torch.float64)(x.double())
+
+
+def test_layers_to_skip_may_come_from_a_generator():
+    model = to_block_sparse(folded_vit(), 16, dense_backend="gather", skip=(name for name in ("heads.head",)))
+    assert type(model.heads.head) is nn.Linear

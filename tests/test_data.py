@@ -565,3 +565,33 @@ def test_training_goes_on_and_tells_of_damage_once(tmp_path):
 def test_image_size_must_be_positive():
     with pytest.raises(ValueError, match="image_size is 0; expected the edge length in pixels"):
         data.load("digits", image_size=0)
+
+
+def test_imagenets_own_layout_has_images_without_labels_beside_those_to_evaluate_on(tmp_path):
+    write_folder(tmp_path, ("train", "val"))
+    (tmp_path / "test").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "ILSVRC2012_test_00000001.png")
+    assert len(data.load("folder", tmp_path).test) == 6
+    assert data.evaluation(tmp_path)[1] == CIFAR_CLASSES
+    write_folder(tmp_path, ("test",), count=1)
+    assert len(data.load("folder", tmp_path).test) == 2, "with classes it is the test split"
+
+
+def test_evaluation_needs_a_root():
+    with pytest.raises(ValueError, match="data set to evaluate on needs a root, got None"):
+        data.evaluation(None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("File not found or corrupted."), OSError("Name or service not known")])
+def test_what_could_not_be_fetched_is_told_with_what_to_do(tmp_path, monkeypatch, error):
+    def fails(root, train, download):
+        raise error
+
+    monkeypatch.setattr("blockvit.data.sets.CIFAR10", fails)
+    with pytest.raises(FileNotFoundError, match=rf"fetching it failed \({error}\); put one of these there"):
+        data.load("cifar10", tmp_path / "none", download=True)
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="unknown auto_augment 'ta_wide'; expected one of: ra"):
+        data.transforms.train_transform(32, auto_augment="ta_wide")

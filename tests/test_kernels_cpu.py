@@ -218,11 +218,11 @@ def test_whether_a_layer_without_zeros_gains_is_measured(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock) + sum(times.values()))
     monkeypatch.setattr(cpu.F, "linear", lambda x, weight: times.update(dense=times["dense"] + 10))
-    measure = cpu.beats_dense.__wrapped__
-    assert measure((40, 24), torch.float32, 16)
+    measure = cpu._beats_dense.__wrapped__
+    assert measure((40, 24), torch.float32, 16, threads=2)
     monkeypatch.setattr(cpu.CPU, "linear", lambda *arguments: times.update(cpu=times["cpu"] + 10))
-    assert not measure((40, 24), torch.float32, 16)
-    assert not measure((40, 24), torch.float64, 16)
+    assert not measure((40, 24), torch.float32, 16, threads=2)
+    assert not measure((40, 24), torch.float64, 16, threads=2)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -616,3 +616,11 @@ def test_the_kernel_is_right_on_arm(tmp_path):
     done = subprocess.run([emulator, program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("0 failures, 4 lanes")
+
+
+def test_what_is_faster_is_measured_for_each_number_of_threads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu, "_beats_dense", lambda *key: asked.append(key) or False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert not cpu.beats_dense((64, 32), torch.float32, 32)
+    assert asked == [((64, 32), torch.float32, 32, 3)]

@@ -1,3 +1,4 @@
+import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -149,3 +150,16 @@ def test_a_caller_who_stops_iterating_leaves_no_worker(tmp_path):
     wait_until(lambda: (tmp_path / "second").exists())
     results.close()
     wait_until(lambda: not alive(pid))
+
+
+def test_processes_of_the_caller_outlive_workers_that_are_stopped():
+    results = map_cells(threads_and_pid, [1, 2, 3], workers=1)
+    next(results)
+    own = mp.get_context("spawn").Process(target=time.sleep, args=(600,))
+    own.start()
+    try:
+        results.close()
+        assert own.is_alive()
+    finally:
+        own.kill()
+        own.join()

@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import blockvit
 from blockvit import pipeline
-from blockvit.notebook import COMPUTED, Notebook, PublishError, published
+from blockvit.notebook import COMPUTED, Notebook, PublishError, completed, published
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -285,6 +285,21 @@ def test_publishing_refuses_paths_of_the_machine(finished, tmp_path):
     executed.write_text(text.replace(str(finished.root), str(Path(sys.prefix) / "lib")))
     with pytest.raises(PublishError, match="01_first, cell 4: an output names"):
         published(finished.root / "notebooks" / "01_first.ipynb", executed, finished.root)
+
+
+def test_a_folder_beside_the_repository_is_not_in_it(finished, tmp_path):
+    root, executed = finished.root, tmp_path / "01_first.ipynb"
+    text = (root / "build" / "laptop" / "01_first.ipynb").read_text()
+    executed.write_text(text.replace("([0, 1], 0.5)", f"{root}/y in {root}:"))
+    assert "y in .:" in published(root / "notebooks" / "01_first.ipynb", executed, root)
+    executed.write_text(text.replace("([0, 1], 0.5)", f"{root}-old/x"))
+    with pytest.raises(PublishError, match="a path of this machine"):
+        published(root / "notebooks" / "01_first.ipynb", executed, root)
+
+
+def test_a_copy_that_is_no_notebook_is_not_complete(tmp_path):
+    (tmp_path / "x.ipynb").write_text("[1, 2]")
+    assert not completed(tmp_path / "x.ipynb")
 
 
 # tests before the notebooks

@@ -214,6 +214,16 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
     assert len(results.Store(tmp_path).read("accuracy")) == 3
 
 
+def test_where_results_go_is_known_before_anything_is_evaluated(study, monkeypatch, capsys):
+    def nowhere():
+        raise FileNotFoundError("no clone of BlockViT here; set BLOCKVIT_RESULTS")
+
+    monkeypatch.setattr(results, "Store", nowhere)
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    assert command.main([str(study / "sp0.80-ts16.pth"), "--data", str(study), "--model", MODEL]) == 1
+    assert capsys.readouterr().err == "error: no clone of BlockViT here; set BLOCKVIT_RESULTS\n"
+
+
 @pytest.mark.slow
 def test_notebook_2_takes_it_in_place_of_a_trained_model(study, tmp_path):
     """As ``make reproduce CHECKPOINT=...`` runs it: the only notebook, with nothing trained before it."""

@@ -1325,3 +1325,11 @@ def test_a_layer_that_was_never_initialised_is_in_no_ones_way():
     sparsify(model, 0.5, 16, targets="2")
     with pytest.raises(ValueError, match=r"0: it is not initialised; call the model once first"):
         sparsify(nn.Sequential(nn.LazyLinear(64)), 0.5, 16, targets="0")
+
+
+def test_a_forward_that_was_mended_is_read_anew(monkeypatch):
+    model = nn.Sequential(Reader())
+    with pytest.raises(ValueError, match="Reader reads its weight"):
+        sparsify(model, 0.5, 8, targets="*")
+    monkeypatch.setattr(Reader, "forward", lambda self, x: self.both(self.read(self.asked(self.called(x)))))
+    assert len(supermask_layers(sparsify(model, 0.5, 8, targets="*"))) == 4

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_data import write_folder
 from test_files import room_for
 from torch import nn
 
@@ -751,3 +752,13 @@ def test_nothing_to_evaluate_on():
     empty = ImageTensors(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), *STATS)
     with pytest.raises(ValueError, match="no images to evaluate on"):
         train.evaluate(tiny_model(), empty)
+
+
+@pytest.mark.parametrize("crops", [{"train_crop_size": 16}, {"val_crop_size": 16, "val_resize_size": 16}])
+def test_crops_of_another_size_than_the_models_are_refused_before_the_first_step(tmp_path, crops):
+    splits = data.load("folder", write_folder(tmp_path), image_size=32)
+    model = models.create("vit_digits", num_classes=len(splits.classes), image_size=32)
+    recipe = train.recipe_for("digits", epochs=1, batch_size=2, lr_warmup_epochs=0, **crops)
+    told = rf"takes images of 32 pixels and folder gives 16 \(recipe: {next(iter(crops))}=16"
+    with pytest.raises(ValueError, match=told):
+        train.fit(model, splits, recipe)

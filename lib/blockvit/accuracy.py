@@ -384,7 +384,8 @@ def run(
 
     # Dense models that others begin with come first: two cells that begin with one would both train it.
     starts = list(dict.fromkeys(cell.start for cell in pending if cell.start is not None))
-    starts = [c for c in starts if c in pending or not _checkpoint(checkpoints, c, recipe, data_root).exists()]
+    # A checkpoint is there from the first epoch on: that a model is trained out, the tables say.
+    starts = [c for c in starts if not (is_done(c) and _checkpoint(checkpoints, c, recipe, data_root).exists())]
     others = [cell for cell in pending if cell not in starts]
     finished = chain(train(starts), train(others))
     bar = tqdm(finished, total=len(starts) + len(others), desc="accuracy", unit="cell", leave=False)

@@ -68,5 +68,6 @@ def _sizes(linear: nn.Module) -> tuple[int, int, bool]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    # PyTorch's attention tells nothing of itself.
-    return type(module), module.extra_repr(), *(getattr(module, name, None) for name in ("num_heads", "batch_first"))
+    # PyTorch's attention tells nothing of itself. What is a module is compared by itself.
+    told = [getattr(module, name, None) for name in ("num_heads", "batch_first", "dropout")]
+    return type(module), module.extra_repr(), *(None if isinstance(value, nn.Module) else value for value in told)

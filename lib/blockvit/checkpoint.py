@@ -42,8 +42,7 @@ def sha256(source: str | os.PathLike | Mapping[str, Tensor]) -> str:
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     else:
         with Path(source).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256")
     return digest.hexdigest()
 
 

@@ -43,7 +43,7 @@ class Clock:
     """Share of one core below which this process counts as idle, seconds of a look at it, and how many at most."""
 
     WARM, LONG = 0.03, 0.5
-    """Seconds. Before it is timed, a call is made untimed, once or for so long as ``WARM``; one of ``LONG`` is not."""
+    """Seconds. Before a sample the call is repeated untimed for ``WARM``, at least once; calls of ``LONG`` are not."""
 
     def ready(self, call: Callable[[], Any], estimate: float) -> None:
         """Undo what the call before has left behind: threads that spin on a core, and threads that sleep.

@@ -203,12 +203,12 @@ def to_block_sparse(
         fuse_mlp: make a ``BlockSparseMLP``, which can run as one kernel, of each ``nn.Sequential`` that begins with two
             converted layers: ``"auto"`` where that kernel runs here and now (both layers on the ``"triton"`` backend),
             True also for a model that is yet to be moved to a GPU, False nowhere.
-        dense_backend: where the linear layers go that would stay dense, whatever the targets, but for those in
-            ``skip``. None leaves them ``nn.Linear``. A backend's name converts them too, with every block stored:
-            frozen and, but on ``"cpu"``, held twice (BSR parts and packed form). A ViT's patch embedding becomes a
-            ``patches.PatchEmbedding``. ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for which its kernel is at
-            least a tenth faster than PyTorch's own at one image's tokens. Other convolutions and subclasses of
-            ``nn.Linear`` stay.
+        dense_backend: the backend for linear layers that would otherwise stay dense, whatever ``targets`` says; layers
+            in ``skip`` are left alone. None leaves them ``nn.Linear``. A backend's name converts them too, in blocks of
+            ``DENSE_BLOCK_SIZE``: frozen and, except on ``"cpu"``, held twice (BSR parts and packed form). A ViT's patch
+            embedding becomes a ``patches.PatchEmbedding``. ``"auto"`` measures: on a CPU, shapes go to ``"cpu"`` for
+            which its kernel is at least a tenth faster than PyTorch's own at one image's tokens. Other convolutions and
+            subclasses of ``nn.Linear`` stay.
 
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
@@ -218,11 +218,12 @@ def to_block_sparse(
         BackendUnavailableError: the backend cannot run these weights where they are.
     """
     check_fuse(fuse_mlp)
+    skip = skip if skip is None or isinstance(skip, str) or callable(skip) else tuple(skip)  # it is gone through twice
     modules = exposed_modules(model)
     types = _LINEAR if dense_backend is None else (*_LINEAR, nn.Conv2d)
     chosen = _chosen(model, modules, targets, skip, types)
     fates = _fates(modules, chosen, check_block_size(block_size), min_sparsity)
-    converts = {f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__}
+    converts = [f.name for f in fates if f.fate != "dense" and f.kind != BlockSparseLinear.__name__]
     if not converts and dense_backend is None and not any(f.fate != "dense" for f in fates):
         listing = "\n".join(f"  {f.name} {f.shape}: {f.reason}" for f in fates)
         raise ValueError(

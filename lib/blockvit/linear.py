@@ -179,6 +179,9 @@ class BlockSparseLinear(nn.Module):
         # Number and size of the stored blocks belong to the checkpoint, not to the module that it is loaded into.
         parts = ("crow_indices", "col_indices", "values")
         given = {name: state_dict[prefix + name] for name in parts if prefix + name in state_dict}
+        if not given:  # nothing of the weight: it need not be unpacked, nor packed again
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         own = {name: getattr(self, name) for name in parts if name not in given}
         try:
             BSRMatrix(**own | given, shape=(self.out_features, self.in_features)).check_indices()

@@ -124,7 +124,7 @@ def scale_blocks(tensor: Tensor, factor: Tensor, block_size: int) -> Tensor:
 
 
 CHUNK_BYTES = 4 << 20
-"""Of the products that are summed at a time on a CPU: they stay in its cache, which saves a third of the time."""
+"""Bytes of products summed at a time on a CPU, so that they stay in its cache: a third faster."""
 
 
 def _sum_blocks(
@@ -132,8 +132,9 @@ def _sum_blocks(
 ) -> Tensor:
     """Sum of ``elementwise(*tensors)`` over each block: shape ``ceil(size / b)`` in every dimension.
 
-    It gets some rows of blocks at a time, ``(rows of blocks, elements down a block, elements along a row)``, and last
-    theirs of ``factor``, if that is given, as ``_along_rows`` has it. Of half precision the sums are single precision.
+    ``elementwise`` is given a few rows of blocks at a time, ``(rows of blocks, elements down a block, elements along a
+    row)``, followed by the matching rows of ``factor``, if given, as ``_along_rows`` has it. Half precision is summed
+    in single precision.
     """
     rows, start = [], 0
     for parts in zip(*(_rows_of_blocks(tensor, block_size) for tensor in tensors), strict=True):
@@ -240,13 +241,13 @@ def multiply_blocks(
     return product if scores is None else product + scale_blocks(weight, scores - scores.detach(), block_size)
 
 
-def gradients_from_(
+def gradients_from(
     grad: Tensor, weight: Tensor | None, factor: Tensor | None, block_size: int
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of the weight and of the scores, from ``grad``, that of ``multiply_blocks``' result.
 
-    One pass over ``grad`` yields both and overwrites it with the weight's gradient. ``weight``: None if the scores need
-    no gradient. ``factor``: of the weight's gradient; None leaves it as it is.
+    May overwrite ``grad``: use only what is returned. ``weight``: None if the scores need no gradient. ``factor``: of
+    the weight's gradient; None leaves it as it is.
     """
     if weight is None:
         return grad if factor is None else scale_blocks(grad, factor, block_size), None
@@ -296,7 +297,7 @@ class _MaskedLinear(torch.autograd.Function):
         if wants_weight or wants_scores:
             factor = None if ctx.dense_gradient else mask
             weight = weight if wants_scores else None
-            grad_weight, grad_scores = gradients_from_(grad.t() @ x, weight, factor, ctx.block_size)
+            grad_weight, grad_scores = gradients_from(grad.t() @ x, weight, factor, ctx.block_size)
         return grad_x, grad_weight, grad_scores
 
     @staticmethod

@@ -10,6 +10,7 @@ import ast
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -229,7 +230,7 @@ def completed(executed: Path) -> bool:
     """Whether an executed copy is there and ran to its end."""
     try:
         run = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(run.get("end_time")) and not run.get("exception")
 
@@ -289,7 +290,7 @@ def _portable(value: Any, root: Path, where: str) -> Any:
     if not isinstance(value, str):
         return value
     _refuse(value, Path(sys.prefix), where)  # before the next line: the environment may lie in the repository
-    text = value.replace(f"{root}{os.sep}", "").replace(str(root), ".")
+    text = re.sub(re.escape(str(root)) + r"(?![\w.-])", ".", value.replace(f"{root}{os.sep}", ""))
     for private in (Path.home(), Path(tempfile.gettempdir())):
         _refuse(text, private, where)
     return text

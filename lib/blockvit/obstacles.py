@@ -64,7 +64,7 @@ def _holders(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[nn.M
 
 
 def _remedy(layer: nn.Module, tensor: str) -> str:
-    """What takes off what computes a layer's tensor from others by a hook."""
+    """The call that removes the hook which computes this tensor."""
     if hasattr(layer, f"{tensor}_g"):
         return f"call torch.nn.utils.remove_weight_norm(layer, {tensor!r})"
     if hasattr(layer, f"{tensor}_mask"):

@@ -59,14 +59,15 @@ def map_cells(
 
 
 def _run(fn: Callable[[Cell], Result], cells: list[Cell], workers: int) -> Iterator[tuple[Cell, Result]]:
-    others = set(mp.active_children())
+    others, mine = set(mp.active_children()), set()
     pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"), initializer=_start_worker)
     try:
         futures = {pool.submit(fn, cell): cell for cell in cells}
+        mine = set(mp.active_children()) - others  # later the caller may start processes of its own
         for future in as_completed(futures):
             yield futures[future], _result(future, futures)
     except BaseException:
-        for child in set(mp.active_children()) - others:
+        for child in mine:
             child.kill()
         raise
     finally:

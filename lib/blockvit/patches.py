@@ -82,9 +82,15 @@ PATCHES = 14
 """A side of the image that ``beats_convolution`` measures with: that of ViT-B/16 at 224 pixels."""
 
 
-@cache
 def beats_convolution(out: int, channels: int, patch_size: int, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether the CPU kernel embeds one image's patches faster than PyTorch's convolution; measured once."""
+    """Whether the CPU kernel embeds one image's patches faster than PyTorch's convolution; as ``cpu.beats_dense``."""
+    return _beats_convolution(out, channels, patch_size, dtype, block_size, torch.get_num_threads())
+
+
+@cache
+def _beats_convolution(
+    out: int, channels: int, patch_size: int, dtype: torch.dtype, block_size: int, threads: int
+) -> bool:
     if cpu.CPU.refusal(torch.device("cpu"), dtype, block_size) is not None:
         return False
     conv = nn.Conv2d(channels, out, patch_size, patch_size, dtype=dtype, device="meta").to_empty(device="cpu")

@@ -232,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: prints accuracies and the table of layers, and writes the rows; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        store = results.Store()  # first: where results go is to be known before hours are spent on them
         checkpoint = PublishedCheckpoint.open(
             options.checkpoint,
             sparsity=options.sparsity,
@@ -247,13 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
             num_workers=options.num_workers,
         )
+        store.append(found.rows(checkpoint, options.device))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(found.layers.drop(columns="kind").to_string(index=False))
     for backend, value in found.top1.items():
         print(f"{checkpoint.name}, {backend}: {value:.2f}% of {found.images} images")
-    results.Store().append(found.rows(checkpoint, options.device))
     return 0
 
 

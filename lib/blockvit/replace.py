@@ -16,7 +16,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def check_not_hooked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if one of ``modules``, which are to be replaced, has what would be lost with it."""
+    """Raise ``ValueError`` if a module to be replaced has hooks or a ``forward`` of its own, which would be lost."""
     for name, module in modules.items():
         if is_hooked(module):
             what = "a forward set on the instance" if "forward" in vars(module) else "hooks"
@@ -55,7 +55,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[str, Callable[[nn.Mo
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """If what is done within fails, every submodule of ``model`` stands again where it stood, set as it was.
 
-    Tensors are not copied: what is done within may replace modules, and not write into parameters.
+    Tensors are not copied: the block may replace modules but must not write into parameters.
     """
     before = [(module, vars(module).copy(), dict(module._modules)) for module in model.modules()]
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -34,9 +34,14 @@ def stands_among(name: str, paths: Iterable[str]) -> bool:
     return any(len(p) == len(parts) and all(a in ("*", b) for a, b in zip(p, parts, strict=True)) for p in cut)
 
 
-@cache
 def uses(kind: type[nn.Module]) -> Uses:
     """What the ``forward`` of ``kind``, and the methods and properties that it uses, do with modules below."""
+    return _uses(kind, kind.forward)
+
+
+@cache
+def _uses(kind: type[nn.Module], forward: Callable[..., Any]) -> Uses:
+    """Remembered for this ``forward`` of ``kind``: somebody may put another in its place."""
     found, known, ahead = Uses(frozenset(), frozenset()), set(), {("forward", 0)}
     places = {cls.__name__: place for place, cls in enumerate(kind.__mro__)}
     while ahead:
@@ -51,7 +56,7 @@ def uses(kind: type[nn.Module]) -> Uses:
 def _source_of(kind: type, name: str, first: int) -> tuple[ast.AST, int]:
     """A method or property, looked up from the ``first``-th class of ``kind`` on, and the place of its class.
 
-    Empty if it is neither, if it is ``nn.Module``'s, or if there is no source at hand.
+    An empty module if the name is no method or property, belongs to ``nn.Module``, or has no source.
     """
     for place, cls in enumerate(kind.__mro__[first:], first):
         found = vars(cls).get(name)

@@ -27,7 +27,7 @@ from .bsr import BlockPattern, block_view
 from .kernels import Backend, named, resolve
 from .kernels.registry import constant_in_graphs
 from .linear import autocasts
-from .masks import gradients_from_, num_kept
+from .masks import gradients_from, num_kept
 from .supermask import SupermaskLinear, supermask_layers
 from .transforms import needs_plain_operators
 
@@ -81,7 +81,7 @@ class _SparseProduct(torch.autograd.Function):
         if (wants_weight or wants_scores) and how.everywhere:
             effective = (grad.t() @ x).to(weight.dtype)
             factor = None if how.dense_gradient else mask
-            grad_weight, grad_scores = gradients_from_(effective, weight if wants_scores else None, factor, b)
+            grad_weight, grad_scores = gradients_from(effective, weight if wants_scores else None, factor, b)
         elif wants_weight or wants_scores:
             sampled = how.backend.weight_gradient(_padded(grad, b), _padded(x, b), pattern, b).to(weight.dtype)
             grad_scores = _score_gradient(sampled, weight, mask, pattern) if wants_scores else None

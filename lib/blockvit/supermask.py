@@ -63,7 +63,8 @@ SCORES = ("kaiming", "magnitude", "constant")
 """How scores can start; see ``sparsify``."""
 
 SHARPNESS = (1.0, 20.0)
-"""Of ``spartan``'s soft top-k, first and last, as its authors have it. The last is per root of a block's elements."""
+"""Sharpness of ``spartan``'s soft top-k, first and last, as in the paper. The last is multiplied by the square root of
+the number of elements in a block."""
 
 
 def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:
@@ -220,8 +221,8 @@ def _one_of(what: str, name: str, known: Mapping[str, str] | tuple[str, ...]) ->
 class SupermaskLinear(_Supermask, nn.Linear):
     """``nn.Linear`` whose weight is masked block by block; the bias is not.
 
-    On a CPU it trains through ``masks.masked_linear``; else, and in evaluation, through ``effective_weight``, which
-    it equals.
+    On a CPU, while gradients are recorded, it runs through ``masks.masked_linear``; otherwise through
+    ``effective_weight``, which it equals.
 
     Args:
         in_features: size of each input sample.
@@ -257,7 +258,7 @@ class SupermaskLinear(_Supermask, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: ``(..., in_features)`` -> ``(..., out_features)``."""
-        self.was_called = True  # written, never asked for here: what compiled code reads, it compiles anew for
+        self.was_called = True  # only written here: compiled code that read it would be recompiled when it changes
         if self._takes_gradient_in_place(x):
             parameters = self.weight, self.scores, self.bias
             mask = self.block_mask()

@@ -32,7 +32,8 @@ def matching(
     """The layers of ``model`` of one of ``types`` that ``targets`` name and ``skip`` does not, by name, in order.
 
     A layer counts if its type is exactly one of ``types`` or a subclass made by this library; the model itself does
-    not. None for ``targets`` means every layer that can be replaced. ``modules``: what stands for those of ``model``.
+    not. None for ``targets`` means every layer that can be replaced. ``modules``: use these instead of the modules of
+    ``model`` (its names after a planned replacement).
 
     Raises:
         TypeError: ``targets`` or ``skip`` is neither name nor function, or a list of anything but names.

@@ -45,7 +45,9 @@ def check_root(root: Path) -> None:
 
 
 def _eval_folder(root: Path) -> Path:
-    return next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), root / EVAL_FOLDERS[0])
+    """The first with classes: ImageNet's own ``test/`` holds images without labels beside its ``val/``."""
+    there = [root / name for name in EVAL_FOLDERS if (root / name).is_dir()]
+    return next((folder for folder in there if _class_folders(folder)), there[0] if there else root / EVAL_FOLDERS[0])
 
 
 def _class_folders(split: Path) -> list[str]:

@@ -81,7 +81,8 @@ def load(
         name: see the table.
         root: directory of the images. ``digits`` has no files: neither this, ``download`` nor ``cache_dir`` is looked
             at, so that they may be given for any data set.
-        image_size: edge length S in pixels; images of another size are resized, the longer side cropped centrally.
+        image_size: edge length S in pixels. Images held in memory are resized to it, the longer side cropped centrally;
+            those read from files are resized to S * 256 / 224 along the shorter side, then cropped centrally.
         download: fetch CIFAR-10 into ``root`` if it is not there.
         cache_dir: keep the decoded images of a ``cifar10`` ImageFolder here, in one file that is made anew when an
             image is added, removed or written. Decoding 60 000 small JPEGs takes about 20 s, reading the file 1 s.
@@ -99,12 +100,16 @@ def load(
         raise ValueError(f"image_size is {image_size}; expected the edge length in pixels, at least 1")
     if name == "digits":
         return _digits(image_size or 8)
-    if root is None:
-        raise ValueError(f"data set {name!r} needs a root, got None; pass the directory that holds its images")
-    root = Path(root).expanduser()
+    root = _given(repr(name), root)
     if name == "cifar10":
         return _cifar10(root, image_size or 32, download, cache_dir)
     return _folder(name, root, image_size or 224)
+
+
+def _given(what: str, root: str | os.PathLike[str] | None) -> Path:
+    if root is None:
+        raise ValueError(f"data set {what} needs a root, got None; pass the directory that holds its images")
+    return Path(root).expanduser()
 
 
 def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
@@ -120,7 +125,7 @@ def label(name: str, root: str | os.PathLike[str] | None = None) -> str:
 
 
 def evaluation(
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
     *,
     val_crop_size: int = 224,
     val_resize_size: int | None = None,
@@ -130,7 +135,7 @@ def evaluation(
 
     For the sizes and the interpolation, see ``eval_transform``; for errors, ``load``.
     """
-    samples, classes = folders.scan_evaluation(Path(root).expanduser())
+    samples, classes = folders.scan_evaluation(_given("to evaluate on", root))
     transform = eval_transform(val_crop_size, val_resize_size, interpolation=interpolation)
     return ImageFiles(samples, transform, IMAGENET_MEAN, IMAGENET_STD), classes
 
@@ -180,10 +185,15 @@ Labelled = tuple[Tensor, Tensor]  # images uint8 (N, 3, S, S), labels int64 (N,)
 def _torchvision_cifar10(root: Path, image_size: int, download: bool) -> tuple[Labelled, Labelled, list[str]]:
     try:
         train, test = (CIFAR10(root, train=is_train, download=download) for is_train in (True, False))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # an OSError: it could not be fetched
+        remedy = (
+            f"fetching it failed ({error}); put one of these there"
+            if download
+            else "pass download=True to fetch it into that directory"
+        )
         raise FileNotFoundError(
             f"{root} holds no complete CIFAR-10: expected an ImageFolder (train/ and test/ with a folder for each "
-            "class) or torchvision's cifar-10-batches-py/; pass download=True to fetch it into that directory"
+            f"class) or torchvision's cifar-10-batches-py/; {remedy}"
         ) from error
 
     def labelled(split: CIFAR10) -> Labelled:

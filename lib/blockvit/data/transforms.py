@@ -35,6 +35,8 @@ def train_transform(
     steps: list[Any] = [v2.PILToTensor(), v2.RandomResizedCrop(train_crop_size, interpolation=how, antialias=True)]
     if hflip:
         steps.append(v2.RandomHorizontalFlip())
+    if auto_augment not in (None, "ra"):
+        raise unknown_name("auto_augment", auto_augment, ["ra"])
     if auto_augment == "ra":
         steps.append(v2.RandAugment(magnitude=ra_magnitude, interpolation=how))
     return v2.Compose(steps)

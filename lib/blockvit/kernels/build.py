@@ -64,7 +64,7 @@ def isa() -> str:
 
 
 def _has_amx() -> bool:
-    """Whether the CPU multiplies bfloat16 on AMX, and the system lets it: Linux grants the registers to who asks."""
+    """Whether the CPU multiplies bfloat16 on AMX. Linux grants the registers only to processes that ask for them."""
     has = torch.cpu.get_capabilities()
     return all(has.get(feature, False) for feature in ("amx_tile", "amx_bf16")) and torch.cpu._init_amx()
 

@@ -190,13 +190,19 @@ MARGIN = 1.1
 """A layer without zeros moves to the kernel only for a gain that nine calls can tell from noise."""
 
 
-@cache
 def beats_dense(shape: tuple[int, int], dtype: torch.dtype, block_size: int) -> bool:
-    """Whether the kernel is faster than PyTorch's dense linear for a weight ``(out, in)`` without zeros; measured once.
+    """Whether the kernel is faster than PyTorch's dense linear for a weight ``(out, in)`` without zeros.
+
+    Measured once for each number of threads.
 
     That depends on the CPU and on PyTorch's library for it more than on the kernel: where MKL reaches 80% of the peak
     there is nothing to gain, where it reaches 50% the kernel is 1.5 times faster. Takes up to some tenths of a second.
     """
+    return _beats_dense(shape, dtype, block_size, torch.get_num_threads())
+
+
+@cache
+def _beats_dense(shape: tuple[int, int], dtype: torch.dtype, block_size: int, threads: int) -> bool:
     if CPU.refusal(torch.device("cpu"), dtype, block_size) is not None:
         return False
     weight = torch.full(shape, 0.01, dtype=dtype, device="cpu")

@@ -202,7 +202,8 @@ def train(args: argparse.Namespace, recipe: Recipe, processes: Alone) -> None:
         raise FileExistsError(f"{state} exists; pass --resume to go on from it, or another --output")
     processes.on_main(lambda: files.check_writable(state))
     with processes.main_first():
-        splits = data.load(args.dataset, args.data, download=True, cache_dir=args.output / "datasets")
+        where = {"download": True, "cache_dir": args.output / "datasets"}
+        splits = data.load(args.dataset, args.data, image_size=recipe.val_crop_size, **where)
     torch.manual_seed(recipe.seed)
     model = models.create(args.model, num_classes=len(splits.classes), image_size=splits.image_size)
     if args.weights is not None:

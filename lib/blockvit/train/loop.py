@@ -406,6 +406,7 @@ def _check_run(
             f"recipe: distillation_alpha is {recipe.distillation_alpha} and there is {there}; expected both a positive "
             "distillation_alpha and a teacher, or neither"
         )
+    _check_sizes(model, data, recipe)
     for what, one in {"model": model, "teacher": teacher}.items():
         outputs = None if one is None else num_classes(one)
         if outputs is None:
@@ -414,6 +415,24 @@ def _check_run(
             raise ValueError(
                 f"the {what} has {outputs} classes, {data.name} has {len(data.classes)}; make the {what} with "
                 f"num_classes={len(data.classes)}"
+            )
+
+
+def _check_sizes(model: nn.Module, data: DataSplits, recipe: Recipe) -> None:
+    """Raise ``ValueError`` if the model takes images of one size, as torchvision's ViTs do, and is given another."""
+    wanted = getattr(model, "image_size", None)
+    if not isinstance(wanted, int):
+        return
+    crops = {
+        "train_crop_size": (data.train, recipe.train_crop_size),
+        "val_crop_size": (data.test, recipe.val_crop_size),
+    }
+    for name, (images, crop) in crops.items():
+        given = data.image_size if isinstance(images, ImageTensors) else crop or data.image_size
+        if given != wanted:
+            raise ValueError(
+                f"the model takes images of {wanted} pixels and {data.name} gives {given} (recipe: {name}={crop}, "
+                f"data: image_size={data.image_size}); make both the same"
             )
 
 

@@ -47,7 +47,7 @@ class Recipe:
         auto_augment: ``"ra"`` for RandAugment, or ``None``.
         ra_magnitude: strength of RandAugment, 0 to 30.
         ra_sampler: repeated augmentation (Hoffer et al., arXiv:1901.09335): a batch holds ``ra_reps`` differently
-            augmented copies of each of its images, and an epoch, no longer, only so many fewer images.
+            augmented copies of each image; an epoch keeps its length and so sees fewer distinct images.
         ra_reps: copies of an image, for ``ra_sampler``.
         hflip: mirror every other image.
         random_crop_padding: shift small images (``ImageTensors``) by up to so many pixels; large ones

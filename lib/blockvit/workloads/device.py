@@ -15,7 +15,7 @@ from ..kernels import cpu, torch_tuned, tuning
 
 
 def fewer_threads(counts: Iterable[int]) -> Iterator[int]:
-    """Each of ``counts`` below PyTorch's number of threads, which is that number while the loop over them is at it."""
+    """Set PyTorch's number of threads to each of ``counts`` that is smaller, and yield it; at last restore it."""
     everyone = torch.get_num_threads()
     try:
         for count in counts:

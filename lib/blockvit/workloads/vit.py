@@ -78,7 +78,7 @@ class ModelCase:
     semi_structured: bool = False
     memory: bool = False
     tails: int = 0
-    """Samples of the distribution of latencies, of which rows tell percentiles; 0: only the usual ones are taken."""
+    """Latency samples to take, for rows of percentiles; 0: the usual number, and no such rows."""
     seed: int = 0
 
     def _key(self, **variant: Any) -> dict[str, Any]:
