@@ -30,7 +30,7 @@ def fastest(store: Store) -> pd.DataFrame:
 
     Returns:
         Rows of ``comparisons.speedups``, one a cell, with ``column`` (processor and precision, in the order of the
-        README's columns), ``eager_value`` (s, eager dense PyTorch in the same group) and ``compiled`` (whether
+        README's rows), ``eager_value`` (s, eager dense PyTorch in the same group) and ``compiled`` (whether
         compiled sparse models were timed as well).
     """
     rows = store.read("vit")
@@ -75,7 +75,7 @@ def markdown(store: Store) -> str:
     """For each batch size measured: in a line a case how much faster it is, then all numbers as a Markdown table; and
     the bytes that the weights take.
 
-    A column is a device and precision class. Each speedup is over the dense engine that was timed in turn with it, with
+    A row is a device and precision class. Each speedup is over the dense engine that was timed in turn with it, with
     its spread in brackets. The dense times are the medians over the groups in which these speedups were measured.
     """
     rows = fastest(store)
@@ -120,17 +120,14 @@ def _mb(size: float) -> str:
 
 
 def _table(rows: pd.DataFrame, batch: int) -> str:
-    columns = dict(list(rows.groupby("column", sort=False)))
+    cases = [case for case in (OURS_DENSE, *CASES) if len(of_case(rows, case))]
     title = "One image" if batch == 1 else f"A batch of {batch}"
-    heads = [title, "points lost, published", *columns]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for name, column in (("dense, eager PyTorch", "eager_value"), ("dense, the fastest engine", "dense_value")):
-        lines.append(_line([name, "", *(_ms(mine[column].median()) for mine in columns.values())]))
-    for case in (OURS_DENSE, *CASES):
-        cells = [of_case(mine, case) for mine in columns.values()]
-        if any(len(mine) for mine in cells):
-            loss = "" if case == OURS_DENSE else published_loss(case) or "none published"
-            lines.append(_line([case_title(*case), loss, *map(_cell, cells)]))
+    heads = [title, "dense, eager PyTorch", "dense, the fastest engine", *(case_title(*case) for case in cases)]
+    losses = ["" if case == OURS_DENSE else published_loss(case) or "none published" for case in cases]
+    lines = [_line(heads), _line(["---"] * len(heads)), _line(["points lost, published", "", "", *losses])]
+    for column, mine in rows.groupby("column", sort=False):
+        dense = [_ms(mine[value].median()) for value in ("eager_value", "dense_value")]
+        lines.append(_line([column, *dense, *(_cell(of_case(mine, case)) for case in cases)]))
     return "\n".join(lines) + "\n"
 
 
