@@ -44,7 +44,7 @@ def headline_speedups(rows: pd.DataFrame) -> Figure:
                 axes.plot(cell.speedup, y, **style)
                 axes.annotate(
                     f"{cell.speedup:.2f}×", (cell.speedup_high, y), xytext=(4, 0), textcoords="offset points",
-                    va="center", fontsize=6.5,
+                    va="center", fontsize=6.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
                 )  # fmt: skip
     axes.axvline(1, color=DENSE, linewidth=1, zorder=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -138,7 +137,18 @@ LEARNING_RATES = {"digits": 1e-3, "cifar10": 1e-3, "imagenet": 3e-3}
 def _variant_labels(rows: pd.DataFrame) -> list[str]:
     """Names of variants, in lines that leave the panel its room; where they start from is in one of its own."""
     parts = [_variant_parts(variant, recipe) for variant, recipe in zip(rows["variant"], rows["recipe"], strict=True)]
-    return [":\n".join(textwrap.fill(part, 50) for part in both if part) for both in parts]
+    return [":\n".join(_in_lines(part) for part in both if part) for both in parts]
+
+
+def _in_lines(text: str, width: int = 50) -> str:
+    """Broken behind commas."""
+    lines: list[str] = []
+    for piece in text.split(", "):
+        if lines and len(lines[-1]) + len(piece) + 2 <= width:
+            lines[-1] += f", {piece}"
+        else:
+            lines.append(piece)
+    return ",\n".join(lines)
 
 
 def _row_height(names: Sequence[str]) -> float:

@@ -285,7 +285,7 @@ def conversion(sizes: Mapping[str, float], seconds: Mapping[str, float], rows: p
         axes.invert_yaxis()
         axes.grid(False, axis="y")
     left.set_title("size")
-    right.set_title("time, once")
+    right.set_title("time")
     return figure
 
 
