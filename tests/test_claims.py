@@ -813,12 +813,12 @@ def test_the_readme_tells_verdict_and_evidence_of_each_claim_in_a_line(store):
     verdicts, evidence = cells["C2"]
     assert verdicts == "not decided", "the post says it of a GPU"
     assert evidence.split("<br>") == [
-        f"{device}: on a CPU, {n} of 40 cells faster through PyTorch's kernels; through the best here {n} of 40 cells "
+        f"{device}: on a CPU, {n} of 40 cells faster through PyTorch's kernels; through the best here, {n} of 40 cells "
         "faster than eager dense PyTorch"
         for device, n in ((one["device"], 0), (other["device"], 40))
     ]
     assert cells["C8"][0] == "not decided" and cells["C8"][1].startswith("digits, vit_digits, too easy"), "told once"
-    same = "folding, saving and loading change no logit; vit_b_16 converted in 1.50 s, loaded in 0.25 s"
+    same = "folding, saving and loading change no logit of vit_b_16; vit_b_16 converted in 1.50 s, loaded in 0.25 s"
     assert cells["C10"] == ["**holds**", same]
     empty = claims.briefly(Store(store.root / "none")).splitlines()
     assert len(empty) == 2 + len(CLAIMS) and all(f"| {OPEN} |  |" in line for line in empty[2:])

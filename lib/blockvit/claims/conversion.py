@@ -23,5 +23,5 @@ def c10(e: Evidence) -> Verdict:
         HOLDS if same else FAILS,
         f"largest change of a logit of {model_names(fold)} by folding {fold['value'].max():.3g}, by saving and loading "
         f"{load['value'].max():.3g}; {took}",
-        brief=f"folding, saving and loading change {'no logit' if same else 'logits'}; {took}",
+        brief=f"folding, saving and loading change {'no logit' if same else 'logits'} of {model_names(fold)}; {took}",
     )

@@ -58,12 +58,13 @@ def c2(e: Evidence) -> Verdict:
     if holds and set(like["model"]) != set(VIT_B_16_LINEARS):
         return NOT_MEASURED  # one cell refutes it, but only all layers confirm it
     fields = [(dense_field(engines), rows) for engines, rows in best.groupby("dense_variants")]
-    ours = " and ".join(f"{cells_faster(rows)} than {field}" for field, rows in fields)
+    ours = ", ".join(f"{cells_faster(rows)} than {field}" for field, rows in fields)
+    parts = "of these " if len(fields) > 1 else ""
     return Verdict(
         HOLDS if holds else FAILS,
         f"at {tokens:.0f} tokens {cells_faster(like)}, {_range(like)}",
         "; ".join(f"best here, over {field}: {cells_faster(rows)}, {_range(rows)}" for field, rows in fields),
-        brief=f"{cells_faster(like)} through PyTorch's kernels; through the best here {ours}",
+        brief=f"{cells_faster(like)} through PyTorch's kernels; through the best here, {parts}{ours}",
     )
 
 

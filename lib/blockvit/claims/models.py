@@ -141,11 +141,11 @@ def c7(e: Evidence) -> Verdict:
 
 
 def _one_image_in_brief(rows: pd.DataFrame) -> str:
-    tops = [
-        f"{SCOPE_TITLES.get(top['scope'], top['scope'])} {times(top['speedup'])} ({times(top['speedup_low'])} to "
-        f"{times(top['speedup_high'])})"
-        for top in _top_by_scope(rows)
-    ]
+    tops = []
+    for top in _top_by_scope(rows):
+        spread = f"{times(top['speedup_low'])} to {times(top['speedup_high'])}"
+        how = f"blocks of {top['block_size']:.0f}" + ("" if top["compile"] == "eager" else ", compiled")
+        tops.append(f"{SCOPE_TITLES.get(top['scope'], top['scope'])} {times(top['speedup'])} ({spread}; {how})")
     seed = where(rows, backend="torch")["speedup"]
     return f"at 90% {', '.join(tops)}" + (f"; through PyTorch's kernels {times(seed.max())}" if len(seed) else "")
 

@@ -26,7 +26,7 @@ _COUNTED = {
     HOLDS: ("holds", "hold"),
     HOLDS_ON_CPU: ("holds on a CPU", "hold on a CPU"),
     HOLDS_BY_OURS: ("holds on a CPU through our kernel", "hold on a CPU through our kernel"),
-    LIFTED: ("is a limit no longer", "are limits no longer"),
+    LIFTED: ("names a limit that is lifted here", "name limits that are lifted here"),
     FAILS: ("does not hold", "do not hold"),
     UNDECIDED: ("is not decided", "are not decided"),
     OPEN: ("is not measured here", "are not measured here"),

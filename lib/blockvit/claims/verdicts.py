@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 HOLDS, FAILS, OPEN, UNDECIDED = "holds", "does not hold", "not measured here", "not decided"
-"""The last two: the tables hold nothing that the claim is about; they do, but it is no ground to decide on."""
+"""The last two: nothing was measured in the way that the claim is about; it was, but it is no ground to decide on."""
 
 HOLDS_ON_CPU, HOLDS_BY_OURS = "holds on a CPU", "holds on a CPU, through our kernel"
 """Of C7, for no other hardware than a CPU stands in for a device; the first where PyTorch's kernels are faster, too."""
