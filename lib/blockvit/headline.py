@@ -10,7 +10,8 @@ from .results import SCOPE_TITLES, UNPRUNED, Store
 
 MODEL = "vit_b_16"
 BATCHES = (1, 256)  # one image is what a device sees; 256 is the post's
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of the columns
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # in the order of the table
+EAGER = "dense, eager PyTorch"
 Case = tuple[str, float, int]  # scope, sparsity, block size
 
 CASES: tuple[Case, ...] = (("mlp", 0.8, 32), ("mlp", 0.9, 32), ("all", 0.9, 64))
@@ -62,6 +63,16 @@ def of_case(rows: pd.DataFrame, case: Case) -> pd.DataFrame:
     """The rows of one of ``CASES`` or of ``OURS_DENSE``."""
     scope, sparsity, block_size = case
     return where(rows, scope=scope, sparsity=sparsity, block_size=block_size)
+
+
+def cases_of(rows: pd.DataFrame) -> list[Case]:
+    """The dense model on our kernel and the sparse cases, those that ``rows`` hold, in order."""
+    return [case for case in (OURS_DENSE, *CASES) if len(of_case(rows, case))]
+
+
+def eager_speedup(rows: pd.DataFrame) -> float:
+    """How many times as fast as the fastest dense engine eager PyTorch is: the median over the groups of ``rows``."""
+    return (rows["dense_value"] / rows["eager_value"]).median()
 
 
 def published_loss(case: Case) -> str:
@@ -127,14 +138,13 @@ def _mb(size: float) -> str:
 
 
 def _table(rows: pd.DataFrame, batch: int) -> str:
-    cases = [case for case in (OURS_DENSE, *CASES) if len(of_case(rows, case))]
+    cases = cases_of(rows)
     title = "One image" if batch == 1 else f"A batch of {batch}"
-    heads = [title, "dense, eager PyTorch", *(case_title(*case) for case in cases)]
+    heads = [title, EAGER, *(case_title(*case) for case in cases)]
     losses = ["" if case == OURS_DENSE else published_loss(case) or "none known" for case in cases]
     lines = [_line(heads), _line(["---"] * len(heads)), _line(["points lost, published", "", *losses])]
     for column, mine in rows.groupby("column", sort=False):
-        eager = f"{(mine['dense_value'] / mine['eager_value']).median():.2f}×"
-        lines.append(_line([column, eager, *(_cell(of_case(mine, case)) for case in cases)]))
+        lines.append(_line([column, f"{eager_speedup(mine):.2f}×", *(_cell(of_case(mine, case)) for case in cases)]))
     return "\n".join(lines) + "\n"
 
 

@@ -50,7 +50,8 @@ def markdown(store: Store) -> str:
 
 def readme(store: Store) -> str:
     """For the README: how many claims hold, and the short table."""
-    return f"{counted(store)}\n\n{briefly(store)}"
+    decided = _on_newest_machines(store)
+    return f"{_counted(decided)}\n\n{_table(decided)}"
 
 
 def briefly(store: Store) -> str:
@@ -58,17 +59,7 @@ def briefly(store: Store) -> str:
 
     Of each processor only the newest machine that measured the claim.
     """
-    decided = _on_newest_machines(store)
-    lines = ["| | Claim of the post | Verdict | Measured |", "| --- | --- | --- | --- |"]
-    for claim_id, (text, _) in CLAIMS.items():
-        found = decided[(decided["id"] == claim_id) & (decided["verdict"] != OPEN)]
-        by_verdict = found.groupby("verdict", sort=False)["device"].agg(" and ".join)
-        verdicts = [emphasised(v) + (f" ({on})" if len(by_verdict) > 1 else "") for v, on in by_verdict.items()]
-        told = [row.brief or "; ".join(filter(None, (row.number, row.ours))) for row in found.itertuples()]
-        if len(set(told)) > 1:
-            told = [f"{device}: {one}" for device, one in zip(found["device"], told, strict=True)]
-        lines.append(f"| {claim_id} | {text} | {'; '.join(verdicts) or OPEN} | {'<br>'.join(dict.fromkeys(told))} |")
-    return "\n".join(lines) + "\n"
+    return _table(_on_newest_machines(store))
 
 
 def counted(store: Store) -> str:
@@ -103,6 +94,19 @@ def _on_newest_machines(store: Store) -> pd.DataFrame:
         machines = newest_machines(where(rows, device=list(measured)))
         kept.append(found[(found["verdict"] == OPEN) | found["device"].isin(machines)])
     return pd.concat([*kept, decided[:0]])
+
+
+def _table(decided: pd.DataFrame) -> str:
+    lines = ["| | Claim of the post | Verdict | Measured |", "| --- | --- | --- | --- |"]
+    for claim_id, (text, _) in CLAIMS.items():
+        found = decided[(decided["id"] == claim_id) & (decided["verdict"] != OPEN)]
+        by_verdict = found.groupby("verdict", sort=False)["device"].agg(" and ".join)
+        verdicts = [emphasised(v) + (f" ({on})" if len(by_verdict) > 1 else "") for v, on in by_verdict.items()]
+        told = [row.brief or "; ".join(filter(None, (row.number, row.ours))) for row in found.itertuples()]
+        if len(set(told)) > 1:
+            told = [f"{device}: {one}" for device, one in zip(found["device"], told, strict=True)]
+        lines.append(f"| {claim_id} | {text} | {'; '.join(verdicts) or OPEN} | {'<br>'.join(dict.fromkeys(told))} |")
+    return "\n".join(lines) + "\n"
 
 
 def coverage(store: Store) -> str:

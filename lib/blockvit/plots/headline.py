@@ -13,8 +13,6 @@ from .rows import one_of, require
 from .style import DENSE, WIDTH, as_times, entitle, legend, spread
 from .words import images, model_title
 
-EAGER = "dense, eager PyTorch"
-
 
 def headline_speedups(rows: pd.DataFrame) -> Figure:
     """Speedup over the fastest dense engine by what is sparse, a marker a machine, whiskers its spread.
@@ -25,8 +23,8 @@ def headline_speedups(rows: pd.DataFrame) -> Figure:
     rows = require(rows, "whole models on any machine")
     one_of(rows, "model", "batch_size")
     columns = list(rows["column"].unique())
-    cases = [case for case in (headline.OURS_DENSE, *headline.CASES) if len(headline.of_case(rows, case))]
-    names = [EAGER, *map(_label, cases)]
+    cases = headline.cases_of(rows)
+    names = [headline.EAGER, *map(_label, cases)]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.5 + (0.16 + 0.13 * len(columns)) * len(names)))
     what = f"{model_title(rows['model'].iloc[0])}, {images(rows['batch_size'].iloc[0])}"
     entitle(figure, f"{what}: dense and block-sparse", "whiskers: 20th to 80th percentile of both times")
@@ -35,8 +33,7 @@ def headline_speedups(rows: pd.DataFrame) -> Figure:
     offsets = spread(columns[::-1], 0.16 * (len(columns) - 1))  # the y axis points down
     for column, mine in rows.groupby("column", sort=False):
         style = {"color": colours[column], "marker": markers.get(column, "o"), "markersize": 5}
-        eager = (mine["dense_value"] / mine["eager_value"]).median()
-        axes.plot(eager, offsets[column], linestyle="none", label=column, **style)
+        axes.plot(headline.eager_speedup(mine), offsets[column], linestyle="none", label=column, **style)
         for place, case in enumerate(cases, 1):
             for cell in headline.of_case(mine, case).itertuples():
                 y = place + offsets[column]

@@ -89,9 +89,8 @@ def variants(cells: pd.DataFrame) -> Figure:
     for i, row in enumerate(rows.itertuples()):
         style = {"label": None} if row.variant else {"label": _REFERENCE, "color": ACCENT, "marker": "o"}
         style |= {"markersize": 5 if row.variant else 7, "linestyle": "none"}
-        draw_line(
-            axes, [row.top1], [i], block, **style, **({"markerfacecolor": "white"} if hollow and row.seeds == 1 else {})
-        )
+        style |= {"markerfacecolor": "white"} if hollow and row.seeds == 1 else {}
+        draw_line(axes, [row.top1], [i], block, **style)
     usual = rows["dense_top1"].mode()[0]
     for dense, those in rows.groupby("dense_top1"):
         label = "dense" if dense == usual else f"dense, {_dense_training(those)}"

@@ -18,7 +18,6 @@ WARMUP_MS, REP_MS = 25, 50
 SEARCH_SECONDS = 30
 """After how many a search ends with the best so far: candidates are many, and some take seconds to compile."""
 
-
 GAIN = 1.02
 """How many times as fast a candidate must be to count as faster: short timings differ by as much without reason."""
 
