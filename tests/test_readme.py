@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blockvit import losses
-from blockvit.comparisons import where
+from blockvit import headline, losses
+from blockvit.comparisons import over_strongest_field, speedups, where
 from blockvit.results import Store
 
 ROOT = Path(__file__).parents[1]
+STORE = Store(ROOT / "data" / "results")
 README = (ROOT / "README.md").read_text()
 UNTAUGHT = "epochs=6 method=magnitude sparsity_schedule=cubic start=dense"
 TAUGHT = f"distillation_alpha=0.5 {UNTAUGHT}"
 
 
 def test_accuracies_from_a_trained_model():
-    rows = Store(ROOT / "data" / "results").read("accuracy")
+    rows = STORE.read("accuracy")
     here = {"dataset": "cifar10-jpeg", "block_size": 32, "sparsity": 0.9}
     cells = where(losses.points_lost(rows), **here).set_index("variant")
     one_seed = where(losses.with_variants(where(rows, **here)), variant=UNTAUGHT, seed=0, metric="top1")["value"].iloc[
@@ -27,3 +28,16 @@ def test_accuracies_from_a_trained_model():
     told = re.search(r"\*\*No run shows yet .*?\n\n", README, re.DOTALL)[0]
     held = [cells.loc[UNTAUGHT, "top1"], cells.loc[TAUGHT, "top1"], one_seed, cells.loc["", "top1"]]
     assert re.findall(r"(\d+\.\d)%", told) == [f"{top1:.1f}" for top1 in (*held, cells.loc[TAUGHT, "dense_top1"])]
+
+
+def test_rounds_behind_a_speedup():
+    repeats = headline.fastest(STORE).groupby("scope")["repeats"].agg(["min", "max"])
+    rounds = {"few": repeats.drop("all")["min"].min(), "most": repeats.drop("all")["max"].max(), **repeats.loc["all"]}
+    assert "({few:.0f} to {most:.0f} rounds; {min:.0f} where all".format(**rounds) in README
+    assert rounds["min"] == rounds["max"]
+
+
+def test_the_small_model_with_its_mlp_sparse():
+    rows = over_strongest_field(speedups(where(STORE.read("vit"), model="vit_cifar", batch_size=1)))
+    best = where(rows, scope="mlp", sparsity=0.9).groupby(["device", "precision"])["speedup"].max()
+    assert f"it is {best.min():.1f}× to {best.max():.1f}×\nas fast as the fastest dense engine" in README
