@@ -15,6 +15,7 @@ from torch import nn
 
 import blockvit
 from blockvit import BlockSparseLinear, architecture, load, read_metadata, save
+from blockvit.kernels import cpu, cpu_attention
 from blockvit.patches import PatchEmbedding
 
 VIT = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
@@ -482,6 +483,30 @@ def test_loading_into_a_model_on_the_gpu(path, images):
     assert {t.device.type for t in loaded.state_dict().values()} == {"cuda"}
     with torch.no_grad():
         torch.testing.assert_close(loaded(images.cuda()).cpu(), model(images), atol=1e-2, rtol=1e-2)
+
+
+# --- what holds no zeros ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(cpu.load() is not None, reason="the CPU kernel could not be built")
+@pytest.mark.parametrize("faster", [True, False])
+def test_what_dense_backend_placed_comes_back_where_it_is_faster_here(path, images, faster, monkeypatch):
+    """Not on the backend "dense", as it once did: a loaded model is to be as fast as the one that was saved."""
+    model = blockvit.sparsify(vit(), 0.6, BLOCK, targets="mlp")
+    model = blockvit.to_block_sparse(blockvit.fold(model), BLOCK, dense_backend="cpu")
+    save(model, path)
+    monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster)
+    monkeypatch.setattr(cpu_attention, "beats_pytorch", lambda heads, size, dtype: faster)
+    for loaded in (load(path), load(path, vit())):
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded(images), model(images))
+        attention = loaded.encoder.layers[1].self_attention
+        assert attention.backend == ("cpu" if faster else "torch")
+        placed = (attention.qkv, attention.out_proj, loaded.heads.head, loaded.conv_proj.linear)
+        assert {layer.backend.name for layer in placed} == {"cpu" if faster else "dense"}
+        assert loaded.encoder.layers[1].mlp[0].backend.name == "cpu"
+    assert load(path, backend="gather").encoder.layers[1].self_attention.backend == "torch"
+    assert load(path, backend="cpu").encoder.layers[1].self_attention.backend == "cpu"
 
 
 # --- patch embeddings ------------------------------------------------------------------------------------------------

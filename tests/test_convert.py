@@ -26,7 +26,7 @@ from blockvit import (
     to_block_sparse,
 )
 from blockvit.convert import LayerFate, random_block_mask_
-from blockvit.kernels import cpu
+from blockvit.kernels import cpu, cpu_attention
 from blockvit.patches import PatchEmbedding
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
 
@@ -543,6 +543,35 @@ def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeyp
     assert (kinds["encoder.layers.encoder_layer_0.self_attention.qkv"] is BlockSparseLinear) is moved
     assert kinds["encoder.layers.encoder_layer_0.mlp.0"] is BlockSparseLinear
     assert isinstance(converted.conv_proj, PatchEmbedding) is moved
+
+
+@needs_a_kernel
+@pytest.mark.parametrize(
+    ("dense_backend", "expected"), [("cpu", "cpu"), ("auto", "cpu"), ("gather", "torch"), (None, "torch")]
+)
+def test_attention_takes_our_kernel_where_dense_layers_do(dense_backend, expected, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "beats_pytorch", lambda heads, size, dtype: (heads, size) == (4, 8))
+    model = folded_vit()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        logits = model(x)
+        converted = to_block_sparse(model, 16, targets="mlp", dense_backend=dense_backend)
+        torch.testing.assert_close(converted(x), logits)
+    assert {layer.self_attention.backend for layer in converted.encoder.layers} == {expected}
+
+
+@needs_a_kernel
+def test_what_auto_found_faster_on_a_cpu_can_leave_it(monkeypatch):
+    monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: True)
+    model = to_block_sparse(folded_vit(), 16, targets="mlp", dense_backend="auto")
+    head = model.heads.head
+    assert (head.backend.name, head.requested_backend) == ("cpu", "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of zeros it has none to be multiplied by
+        head.double()
+    assert head.backend.name == "dense"
+    assert model.double()(torch.randn(2, 3, 16, 16).double()).dtype == torch.float64
+    assert model.float().heads.head.backend.name == "cpu"
 
 
 def test_other_convolutions_stay_where_they_are():

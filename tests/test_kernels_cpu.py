@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from blockvit import BackendUnavailableError, BlockSparseLinear, BSRMatrix
-from blockvit.kernels import build, cpu, resolve
+from blockvit.attention import MultiheadAttention
+from blockvit.kernels import build, cpu, cpu_attention, resolve
 
 CPU = torch.device("cpu")
 ACTIVATIONS = {None: lambda y: y, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
@@ -463,7 +464,7 @@ def unwritable_cache(tmp_path, monkeypatch):
 @pytest.mark.without_kernel
 def test_a_cache_that_cannot_be_written_is_gone_around_in_one_folder_of_ones_own(unwritable_cache):
     folder, built = unwritable_cache
-    made = [build.build(build.Library("cpu_linear.cpp", "baseline")) for _ in range(2)]
+    made = [build.build(build.Library("operators.cpp", "baseline")) for _ in range(2)]
     assert made[0] == made[1] and made[0].parent == folder and made[0].is_file()
     assert built == ["baseline"], "once, for all processes"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -489,7 +490,7 @@ def test_libraries_are_not_taken_from_a_folder_that_others_can_write_to(planted,
     with pytest.raises(
         build.BuildError, match=r"is no folder that only you can write to; remove it, or set \$BLOCKVIT_CACHE"
     ):
-        build.build(build.Library("cpu_linear.cpp", "baseline"))
+        build.build(build.Library("operators.cpp", "baseline"))
     assert not built
 
 
@@ -503,18 +504,18 @@ def test_a_failed_build_leaves_nothing_behind(writable, unwritable_cache, tmp_pa
     if writable:
         monkeypatch.setenv("BLOCKVIT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(build.BuildError, match="no compiler"):
-        build.build_for_this_cpu("cpu_linear.cpp")
+        build.build_for_this_cpu("operators.cpp")
     assert not list((tmp_path / "tmp").iterdir())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a file"]
 
 
 @pytest.mark.without_kernel
 def test_the_library_is_named_after_all_that_it_depends_on(monkeypatch):
-    names = [build.Library("cpu_linear.cpp", isa).name for isa in build.ISA_FLAGS]
+    names = [build.Library("operators.cpp", isa).name for isa in build.ISA_FLAGS]
     monkeypatch.setattr(torch, "__version__", "9.9")
-    names.append(build.Library("cpu_linear.cpp", "avx2").name)
+    names.append(build.Library("operators.cpp", "avx2").name)
     monkeypatch.setattr(build, "FLAGS", ("-O1",))
-    names.append(build.Library("cpu_linear.cpp", "avx2").name)
+    names.append(build.Library("operators.cpp", "avx2").name)
     assert len(set(names)) == len(names)
 
 
@@ -543,6 +544,164 @@ def test_amx_is_used_where_the_cpu_has_all_of_it_and_the_system_grants_it(monkey
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: missing != "permission")
     assert build.isa.__wrapped__() == expected
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def heads(tokens, dtype=torch.float32, batch=2, count=3, size=16):
+    """``(batch, count, tokens, size)`` as a projection leaves them: the heads of a token side by side."""
+    return torch.randn(batch, tokens, count, size).to(dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [(1, 1), (12, 33), (197, 197), (5, 600)])
+def test_attention_is_as_near_float64_as_pytorchs(dtype, tokens):
+    q, k, v = heads(tokens[0], dtype), heads(tokens[1], dtype), heads(tokens[1], dtype)
+    assert cpu_attention.can_attend(q, k, v)
+    ours, theirs = cpu_attention.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert ours.dtype == dtype and ours.shape == theirs.shape and ours.transpose(1, 2).is_contiguous()
+    errors = [(y.double() - exact).abs().max() for y in (ours, theirs)]
+    assert errors[0] <= 2 * errors[1] + 3e-7
+
+
+@pytest.mark.parametrize(
+    "lay_out", [torch.Tensor.contiguous, lambda t: t.mT.contiguous().mT, lambda t: t.expand(4, -1, -1, -1)]
+)
+def test_attention_of_any_strides(lay_out):
+    q, k, v = (lay_out(heads(20, batch=1)) for _ in range(3))
+    torch.testing.assert_close(cpu_attention.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_twice_alike_on_any_number_of_threads():
+    q, k, v = heads(100), heads(100), heads(100)
+    expected, before = cpu_attention.attend(q, k, v), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu_attention.attend(q, k, v), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attention_of_nothing():
+    q, k = heads(4, batch=0), heads(4, count=0)
+    assert cpu_attention.attend(q, q, q).shape == q.shape
+    assert cpu_attention.attend(k, k, k).shape == k.shape
+    assert cpu_attention.attend(heads(0), heads(4), heads(4)).shape == (2, 3, 0, 16)
+    assert not cpu_attention.can_attend(heads(4), heads(0), heads(0))
+
+
+def test_attention_opcheck():
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.blockvit.cpu_attention, (heads(7, dtype), heads(9, dtype), heads(9, dtype)))
+
+
+def test_attention_refuses_wrong_operands():
+    q, k = heads(4), heads(9)
+    for arguments, message in (
+        ((q.double(), k, k), "all float32 or all bfloat16"),
+        ((q, k.bfloat16(), k), "all float32 or all bfloat16"),
+        ((q[0], k[0], k[0]), "of shape"),
+        ((q, k[:1], k), "2, 1 and 2 in dimension 0"),
+        ((q, k, k[..., :8]), "16, 16 and 8 in dimension 3"),
+        ((q, k, q), "9 keys and 4 values"),
+        ((q, k[:, :, :0], k[:, :, :0]), "0 keys"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.blockvit.cpu_attention(*arguments)
+
+
+def attention_on_kernel():
+    module = MultiheadAttention(32, 4, batch_first=True).eval()
+    nn.init.normal_(module.qkv.weight, std=0.3)
+    module.use_backend("cpu")
+    return module
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The calls of our attention kernel."""
+    calls, attend = [], cpu_attention.attend
+    monkeypatch.setattr(cpu_attention, "attend", lambda *qkv: calls.append(qkv) or attend(*qkv))
+    return calls
+
+
+def test_attention_runs_on_the_kernel_where_that_can_do_what_is_asked(attended):
+    module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    reference = MultiheadAttention(32, 4, batch_first=True).eval()
+    reference.load_state_dict(module.state_dict())
+    mask = torch.zeros(7, 7).bool().triu(1)
+
+    def same(runs, **arguments):
+        arguments = {"need_weights": False, **arguments}
+        attended.clear()
+        torch.testing.assert_close(module(x, x, x, **arguments)[0], reference(x, x, x, **arguments)[0])
+        assert len(attended) == runs
+
+    same(0)  # a gradient of the projections is asked for
+    with torch.inference_mode():
+        same(1)
+        same(0, need_weights=True)
+        same(0, attn_mask=mask)
+        same(0, key_padding_mask=torch.zeros(2, 7).bool())
+    with torch.no_grad():
+        same(1)
+        module.dropout = 0.5
+        same(1)  # in evaluation mode
+        attended.clear()
+        module.train()(x, x, x, need_weights=False)
+        assert not attended
+        module.eval().double()(x.double(), x.double(), x.double(), need_weights=False)
+        assert not attended
+
+
+def test_derivatives_pass_through_attention_on_the_kernel():
+    module, x = attention_on_kernel().requires_grad_(False), torch.randn(1, 5, 32)
+
+    def run(x):
+        return module(x, x, x, need_weights=False)[0]
+
+    def derivatives():
+        return torch.autograd.functional.jacobian(run, x), torch.func.jacrev(run)(x), torch.vmap(run)(x[None])
+
+    found = derivatives()
+    module.use_backend("torch")
+    for mine, theirs in zip(found, derivatives(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_attention_on_the_kernel_compiles_whole_and_exports():
+    torch._dynamo.reset()
+    module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expected = module(x, x, x, need_weights=False)[0]
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
+        program = torch.export.export(module, (x, x, x), {"need_weights": False})
+        assert "cpu_attention" in program.graph_module.code
+        torch.testing.assert_close(program.module()(x, x, x, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_measures_attention(faster, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu, "beats", lambda ours, theirs: asked.append((ours(), theirs())) or faster)
+    cpu_attention._beats_pytorch.cache_clear()
+    module = attention_on_kernel()
+    module.use_backend("auto")
+    cpu_attention._beats_pytorch.cache_clear()
+    assert module.backend == ("cpu" if faster else "torch")
+    [(ours, theirs)] = asked
+    assert ours.shape == (1, 4, cpu.TOKENS, 8)
+    torch.testing.assert_close(ours, theirs)
+    assert not cpu_attention.beats_pytorch(4, 8, torch.float16)
+
+
+def test_attention_knows_its_backends():
+    with pytest.raises(ValueError, match="backend is 'triton'; attention runs on 'torch' or 'cpu', or 'auto'"):
+        attention_on_kernel().use_backend("triton")
 
 
 # --- sanitizers ------------------------------------------------------------------------------------------------------
@@ -579,7 +738,7 @@ def test_the_kernel_alone_is_clean_under_sanitizers(tmp_path, variant):
         "-Wno-unknown-pragmas",
         *build.ISA_FLAGS[build.isa()],
     ]
-    sources = [f"-I{build.SOURCES}", TESTS / "cpu_linear_test.cpp", "-pthread", "-o", program]
+    sources = [f"-I{build.SOURCES}", TESTS / "cpu_kernels_test.cpp", "-pthread", "-o", program]
     subprocess.run([*compiler, *flags, *sanitize, *VARIANTS[variant], *sources], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -600,7 +759,7 @@ def test_the_kernel_compiles_for_cpus_that_this_one_is_not(tmp_path, isa):
     known = [*compiler, *build.ISA_FLAGS[isa], "-c", tmp_path / "empty.cpp", "-o", tmp_path / "empty.o"]
     if subprocess.run(known, capture_output=True).returncode:
         pytest.skip(f"{compiler[0]} is too old for {isa}")
-    library = build.Library("cpu_linear.cpp", isa)
+    library = build.Library("operators.cpp", isa)
     subprocess.run(library.command(compiler, tmp_path / "library.so"), check=True)
 
 
@@ -611,7 +770,7 @@ def test_the_kernel_is_right_on_arm(tmp_path):
     if missing := [tool for tool in (compiler, emulator) if not shutil.which(tool)]:
         pytest.skip(f"needs {' and '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
     program = tmp_path / "test"
-    sources = [f"-I{build.SOURCES}", TESTS / "cpu_linear_test.cpp", "-static", "-pthread", "-o", program]
+    sources = [f"-I{build.SOURCES}", TESTS / "cpu_kernels_test.cpp", "-static", "-pthread", "-o", program]
     subprocess.run([compiler, *build.FLAGS, *build.ISA_FLAGS["baseline"], *sources], check=True)
     done = subprocess.run([emulator, program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

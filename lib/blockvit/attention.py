@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import cpu_attention
 from .replace import is_hooked, replace_modules
 
 
@@ -26,8 +27,13 @@ class MultiheadAttention(nn.Module):
 
     Made of one by ``from_torch``, or anew with the arguments and the first weights of ``nn.MultiheadAttention``; in
     neither way with ``add_bias_kv`` or ``add_zero_attn``. Attention runs through ``scaled_dot_product_attention``
-    unless weights are asked for.
+    unless weights are asked for, or ``backend`` says otherwise.
+
+    Attributes:
+        backend: ``"torch"`` or ``"cpu"``, see ``use_backend``.
     """
+
+    backend = "torch"
 
     # nn.TransformerEncoderLayer takes a fused inference path that reads weights instead of calling modules; these two
     # attributes, which it asks for first, keep it from doing so.
@@ -84,6 +90,20 @@ class MultiheadAttention(nn.Module):
                 setattr(self, f"{name}_proj", _linear(weight, b))
         self.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
 
+    def use_backend(self, name: str) -> None:
+        """Let ``"torch"`` or ``"cpu"`` attend: our kernel, wherever it can (``cpu_attention.can_attend``, no mask).
+
+        ``"auto"``: our kernel, if the module is on a CPU where that is at least a tenth faster at one image's tokens.
+        """
+        if name not in ("auto", "cpu", "torch"):
+            raise ValueError(f"backend is {name!r}; attention runs on 'torch' or 'cpu', or 'auto'")
+        if name == "auto":
+            held = next(tensor for tensor in self.state_dict().values() if tensor.is_floating_point())
+            sizes = self.num_heads, self.embed_dim // self.num_heads
+            is_faster = held.device.type == "cpu" and cpu_attention.beats_pytorch(*sizes, held.dtype)
+            name = "cpu" if is_faster else "torch"
+        self.backend = name
+
     def forward(
         self,
         query: Tensor,
@@ -121,6 +141,8 @@ class MultiheadAttention(nn.Module):
         if need_weights:
             attended, weights = _attend_with_weights(q, k, v, mask, dropout)
             weights = weights.mean(dim=1) if average_attn_weights else weights
+        elif self.backend == "cpu" and mask is None and dropout == 0 and cpu_attention.can_attend(q, k, v):
+            attended, weights = cpu_attention.attend(q, k, v), None
         else:
             attended, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
         out = self.out_proj(attended.transpose(1, 2).flatten(2))

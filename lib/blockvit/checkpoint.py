@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import architecture, files
 from .attention import MultiheadAttention, expose_projections, turn_off_fused_paths
 from .bsr import BSRMatrix
+from .kernels import cpu
 from .linear import BlockSparseLinear
 from .mlp import check_fuse, fuse_mlps
 from .patches import PatchEmbedding, is_patch_embedding
@@ -71,6 +72,9 @@ def save(
         "model": type(model).__name__,
         "architecture": architecture.arguments_of(model),
         "attention": [name for name, m in modules.items() if isinstance(m, MultiheadAttention)],
+        "attention_on_cpu_kernel": [
+            name for name, m in modules.items() if isinstance(m, MultiheadAttention) and m.backend == "cpu"
+        ],
         "source_sha256": None if source is None else sha256(source),
         "layers": {
             name: {
@@ -157,7 +161,8 @@ def load(
         path: the file.
         model: a dense model of the same architecture, replaced in place, wrapped or not. Not needed for torchvision's
             ``VisionTransformer``, which is built from the file, unless modules, settings or hooks of it were changed.
-        backend: ``"auto"``, the preferred one on this machine, or a backend's name.
+        backend: ``"auto"``, the preferred one on this machine, or a backend's name. ``"auto"`` measures layers without
+            zeros, which ``dense_backend`` placed, as ``to_block_sparse`` does.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.
 
@@ -215,6 +220,8 @@ def load(
     placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
     model.load_state_dict(rest, strict=False, assign=assign)
+    for name in metadata.get("attention_on_cpu_kernel", ()) if backend in ("auto", "cpu") else ():
+        model.get_submodule(name).use_backend(backend)
     fuse_mlps(model.eval(), fuse_mlp)
     return model if wrapped is None else wrapped.eval()
 
@@ -246,6 +253,7 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
             BSRMatrix(*parts, tuple(layer["shape"])).check_indices(),
             None if bias is None else nn.Parameter(bias, requires_grad=learnt and bias.is_floating_point()),
             backend=backend,
+            preferred="cpu" if _is_faster_on_cpu_kernel(layer, parts[-1]) else None,
             activation=layer["activation"],
         )
 
@@ -271,6 +279,13 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
         **dict.fromkeys(_fused_gelus(model, metadata), lambda _: nn.Identity()),
     }
     replace_modules(model, replacements)
+
+
+def _is_faster_on_cpu_kernel(layer: dict[str, Any], values: Tensor) -> bool:
+    """Whether a layer without zeros, which ``dense_backend`` placed, is one for our kernel on this CPU as well."""
+    if layer["sparsity"] > 0 or values.device.type != "cpu":
+        return False
+    return cpu.beats_dense(tuple(layer["shape"]), values.dtype, values.shape[1])
 
 
 def _fused_gelus(model: nn.Module, metadata: dict[str, Any]) -> list[str]:

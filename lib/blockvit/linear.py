@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bsr import BSRMatrix
-from .kernels import ACTIVATIONS, Backend, resolve
+from .kernels import ACTIVATIONS, Backend, named, resolve
 
 _PROCESS = uuid.uuid4().hex
 """Tells this process and its forks from others, which a process id in a file does not."""
@@ -47,6 +47,7 @@ class BlockSparseLinear(nn.Module):
         weight: the block-sparse matrix, ``(out_features, in_features)``.
         bias: ``(out_features,)`` or None; kept as given, so a Parameter stays trainable.
         backend: a backend's name, or ``"auto"`` for the preferred one that can run where the weight is.
+        preferred: what ``"auto"`` takes before all others wherever it can run, found by measuring; None: nothing.
         activation: None, ``"gelu"`` or ``"gelu_tanh"``, applied to the output.
 
     Raises:
@@ -60,6 +61,7 @@ class BlockSparseLinear(nn.Module):
         bias: Tensor | None = None,
         *,
         backend: str = "auto",
+        preferred: str | None = None,
         activation: str | None = None,
     ) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(f"activation is {activation!r}; expected one of {list(ACTIVATIONS)}")
         self.out_features, self.in_features = weight.shape
         self.activation = activation
-        self.requested_backend = backend
+        self.requested_backend, self.preferred_backend = backend, preferred
         self.register_buffer("crow_indices", weight.crow_indices)
         self.register_buffer("col_indices", weight.col_indices)
         self.register_buffer("values", weight.values)
@@ -82,13 +84,24 @@ class BlockSparseLinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, block_size: int, *, backend: str = "auto", activation: str | None = None
+        cls,
+        linear: nn.Linear,
+        block_size: int,
+        *,
+        backend: str = "auto",
+        preferred: str | None = None,
+        activation: str | None = None,
     ) -> BlockSparseLinear:
         """Convert ``linear``; blocks that are all zero are left out, the bias is shared."""
         weight = BSRMatrix.from_dense(linear.weight, block_size)
-        return cls(weight, linear.bias, backend=backend, activation=activation).train(linear.training)
+        new = cls(weight, linear.bias, backend=backend, preferred=preferred, activation=activation)
+        return new.train(linear.training)
 
     def _resolve(self, like: Tensor) -> type[Backend]:
+        if self.requested_backend == "auto" and self.preferred_backend is not None:
+            preferred = named(self.preferred_backend)
+            if preferred.refusal(like.device, like.dtype, self.block_size) is None:
+                return preferred
         return resolve(self.requested_backend, like.device, like.dtype, self.block_size, self.sparsity)
 
     @property
@@ -158,7 +171,8 @@ class BlockSparseLinear(nn.Module):
             else:  # .to(memory_format=...) is about images
                 for name in self._packed_names:
                     self._buffers[name] = self._buffers[name].contiguous()
-        if changed and self.requested_backend == "auto" and self.backend.name == "dense" != backend.name:
+        multiplies_zeros = self.backend.name == "dense" and self.sparsity > 0
+        if changed and self.requested_backend == "auto" and multiplies_zeros and backend.name != "dense":
             warnings.warn(dense_warning(self), stacklevel=2)  # said once for all layers
         return self
 

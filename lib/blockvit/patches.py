@@ -46,10 +46,12 @@ class PatchEmbedding(nn.Module):
         self.linear, self.channels, self.patch_size = linear, channels, patch_size
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, block_size: int, *, backend: str = "auto") -> PatchEmbedding:
+    def from_conv(
+        cls, conv: nn.Conv2d, block_size: int, *, backend: str = "auto", preferred: str | None = None
+    ) -> PatchEmbedding:
         """Convert ``conv``, for which ``is_patch_embedding`` holds; the bias is shared."""
         weight = BSRMatrix.from_dense(conv.weight.flatten(1), block_size)
-        linear = BlockSparseLinear(weight, conv.bias, backend=backend)
+        linear = BlockSparseLinear(weight, conv.bias, backend=backend, preferred=preferred)
         return cls(linear, conv.in_channels, conv.kernel_size[0]).train(conv.training)
 
     def forward(self, images: Tensor) -> Tensor:

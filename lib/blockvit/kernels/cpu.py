@@ -46,9 +46,10 @@ def load() -> str | None:
     itself. Failure warns once: the layers then take a slower backend.
     """
     try:
-        torch.ops.load_library(build.build_for_this_cpu("cpu_linear.cpp"))
+        torch.ops.load_library(build.build_for_this_cpu("operators.cpp"))
         torch.library.register_fake("blockvit::cpu_linear", _fake)
         torch.library.register_fake("blockvit::cpu_linear_no_grad", _fake)
+        torch.library.register_fake("blockvit::cpu_attention", _fake_attention)
         torch.library.register_autograd("blockvit::cpu_linear", _backward, setup_context=_save_inputs)
     except (build.BuildError, OSError) as error:
         warnings.warn(
@@ -67,6 +68,10 @@ def _block_size(weight: Tensor) -> int:
 
 def _fake(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return x.new_empty(x.shape[0], (crow.shape[0] - 1) * _block_size(weight))
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 def _save_inputs(ctx, inputs, output) -> None:

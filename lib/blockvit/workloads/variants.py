@@ -21,7 +21,8 @@ from ..kernels import named
 from ..mlp import BlockSparseMLP
 
 DENSE_TOO = "+dense"
-"""Behind a backend's name: the layers that stay dense run on it as well (``to_block_sparse(dense_backend=...)``)."""
+"""Behind a backend's name: the layers that stay dense run on it as well (``to_block_sparse(dense_backend=...)``), and
+behind ``"cpu"`` attention on our kernel."""
 
 
 FUSED_MLP = "+mlp"

@@ -198,18 +198,6 @@ void run_panels(const Layer<T>& layer, int64_t threads, const Parallel& parallel
   }
 }
 
-// Whether the kernel was built for panels of `nr` outputs.
-constexpr bool is_panel_width(int64_t nr) { return nr == 8 || nr == 16 || nr == 32; }
-
-// The panel width that suits this instruction set: the most that a tile can hold without running short of tokens.
-constexpr int64_t panel_width(int64_t block_size) {
-  constexpr int64_t widest = std::max(8, BLOCKVIT_LANES * (REGISTERS == 32 && BLOCKVIT_LANES == 4 ? 4 : 2));
-  for (int64_t nr = widest; nr > 8; nr /= 2) {
-    if (block_size % nr == 0) return nr;
-  }
-  return 8;
-}
-
 template <typename T, typename Parallel>
 void block_linear(const Layer<T>& layer, int64_t nr, int64_t threads, const Parallel& parallel) {
   if (layer.tokens == 0 || layer.outputs == 0) return;

@@ -25,6 +25,18 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;
 constexpr int MAX_TOKENS = 12;  // in a tile; more only lengthens the code, one instance for each number of tokens
 
+// Whether the kernel was built for panels of `nr` outputs.
+constexpr bool is_panel_width(int64_t nr) { return nr == 8 || nr == 16 || nr == 32; }
+
+// The panel width that suits this instruction set: the most that a tile can hold without running short of tokens.
+constexpr int64_t panel_width(int64_t block_size) {
+  constexpr int64_t widest = std::max(8, BLOCKVIT_LANES * (REGISTERS == 32 && BLOCKVIT_LANES == 4 ? 4 : 2));
+  for (int64_t nr = widest; nr > 8; nr /= 2) {
+    if (block_size % nr == 0) return nr;
+  }
+  return 8;
+}
+
 template <int NR>
 constexpr int LANES = NR < BLOCKVIT_LANES ? NR : BLOCKVIT_LANES;
 

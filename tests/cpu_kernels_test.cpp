@@ -1,5 +1,7 @@
-// The kernel of block_linear.h against sums in double, without PyTorch, so that sanitizers can watch it. Every buffer
-// is exactly as long as it may be read or written; those that a thread keeps are its first, as threads are new. Prints what failed; the exit status is the number of failures.
+// The kernels of block_linear.h and attention.h against sums in double, without PyTorch, so that sanitizers can watch
+// them. Every buffer is exactly as long as it may be read or written; those that a thread keeps are its first, as threads
+// are new. Prints what failed; the exit status is 1 if anything did.
+#include "attention.h"
 #include "block_linear.h"
 #include "peak.h"
 
@@ -201,6 +203,74 @@ int extremes() {
          extremes("gelu_tanh", GELU_TANH, [](f32v<N> x) { return gelu_tanh<N>(x); }, 3e-7, 1);
 }
 
+// --- attention -------------------------------------------------------------------------------------------------------
+
+struct Sizes {
+  int64_t batch, heads, queries, keys, size;
+  int threads = 1;
+  float factor = 1;  // of q: at large ones most weights are 0
+  float spoiled = 0;  // if not 0, in place of one number of the second query
+};
+
+template <typename T>
+int attention(const Sizes& s) {
+  const int64_t width = s.heads * s.size;
+  auto q = normal<T>(s.batch * s.queries * width);
+  const auto k = normal<T>(s.batch * s.keys * width), v = normal<T>(s.batch * s.keys * width);
+  for (T& number : q) assign(number, s.factor * to_float(number));
+  if (s.spoiled) assign(q[width], s.spoiled);
+  std::vector<T> y(q.size());
+  const auto heads = [&](const std::vector<T>& t, int64_t tokens) {
+    return Heads<T>{t.data(), tokens * width, s.size, width};
+  };
+  const Attention<T> all{heads(q, s.queries), heads(k, s.keys), heads(v, s.keys), y.data(), s.batch, s.heads, s.queries,
+                         s.keys, s.size};
+  std::thread([&] { attend(all, s.threads, Threads{}); }).join();
+
+  double worst = 0;
+  for (int64_t image = 0; image < s.batch; ++image) {
+    for (int64_t head = 0; head < s.heads; ++head) {
+      for (int64_t query = 0; query < s.queries; ++query) {
+        const auto at = [&](const std::vector<T>& t, int64_t tokens, int64_t token, int64_t i) {
+          return double(to_float(t[((image * tokens + token) * s.heads + head) * s.size + i]));
+        };
+        std::vector<double> scores(s.keys);
+        double most = -INFINITY, sum = 0;
+        for (int64_t key = 0; key < s.keys; ++key) {
+          for (int64_t i = 0; i < s.size; ++i) scores[key] += at(q, s.queries, query, i) * at(k, s.keys, key, i);
+          most = std::max(most, scores[key] /= std::sqrt(double(s.size)));
+        }
+        for (double& score : scores) sum += score = std::exp(score - most);
+        for (int64_t i = 0; i < s.size; ++i) {
+          double expected = 0;
+          for (int64_t key = 0; key < s.keys; ++key) expected += scores[key] / sum * at(v, s.keys, key, i);
+          const double got = at(y, s.queries, query, i);
+          const bool is_spoiled = s.spoiled && image == 0 && head == 0 && query == 1;
+          worst = std::max(worst, std::isnan(got) ? (is_spoiled ? 0 : 1e9) : is_spoiled ? 1e9 : std::abs(got - expected));
+        }
+      }
+    }
+  }
+  if (worst <= (sizeof(T) == 4 ? 3e-6 * s.factor : 2e-2)) return 0;
+  std::printf("attention, %zu-byte numbers, %ld images, %ld heads, %ld queries, %ld keys, size %ld, %d threads, factor "
+              "%g, spoiled %g: error %g\n", sizeof(T), long(s.batch), long(s.heads), long(s.queries), long(s.keys),
+              long(s.size), s.threads, s.factor, s.spoiled, worst);
+  return 1;
+}
+
+int attention() {
+  int failed = 0;
+  const auto both = [&](const Sizes& sizes) { failed += attention<float>(sizes) + attention<bf16>(sizes); };
+  for (const int64_t queries : {1, 5, 11, 12, 13, 25}) both({1, 2, queries, 33, 24});
+  for (const int64_t keys : {1, 7, 8, 31, 32, 33, 197}) both({2, 1, 13, keys, 32});
+  for (const int64_t size : {1, 3, 8, 40, 64, 80}) both({1, 3, 14, 50, size});
+  both({1, 1, 300, 70, 64, 3});
+  both({3, 4, 90, 60, 16, 5});
+  for (const float spoiled : {NAN, INFINITY}) both({1, 2, 14, 20, 16, 1, 1, spoiled});
+  failed += attention<float>({1, 2, 14, 40, 16, 1, 300});
+  return failed;
+}
+
 int rounding() {
   constexpr int N = BLOCKVIT_LANES;
   const std::pair<uint32_t, uint16_t> cases[] = {{0x3f808000, 0x3f80}, {0x3f818000, 0x3f82}, {0x3f808001, 0x3f81},
@@ -224,7 +294,7 @@ int main() {
   constexpr long ASK_FOR_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
   if (syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA)) return std::puts("no AMX for this process"), 1;
 #endif
-  const int failed = sizes() + large() + layouts() + extremes() + rounding();
+  const int failed = sizes() + large() + layouts() + attention() + extremes() + rounding();
   multiply_add(1000);
   multiply_add_bf16(100);
   std::printf("%d failures, %d lanes\n", failed, BLOCKVIT_LANES);

@@ -1,7 +1,8 @@
-// PyTorch's side of the kernel in block_linear.h: the operators blockvit::cpu_linear and, the same without autograd,
-// cpu_linear_no_grad, on PyTorch's own threads (at::parallel_for). Written against PyTorch's stable ABI: its headers
-// compile in 3 seconds where those of at::Tensor take 12 and <torch/extension.h> a minute, and a call costs the same (5
-// microseconds; through an operator written in Python 10 to 20).
+// PyTorch's side of the kernels in block_linear.h and attention.h: the operators blockvit::cpu_linear and, the same
+// without autograd, cpu_linear_no_grad, and blockvit::cpu_attention, on PyTorch's own threads (at::parallel_for).
+// Written against PyTorch's stable ABI: its headers compile in 3 seconds where those of at::Tensor take 12 and
+// <torch/extension.h> a minute, and a call costs the same (5 microseconds; through an operator written in Python 10 to
+// 20).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,8 +10,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 
+#include "attention.h"
 #include "block_linear.h"
 #include "peak.h"
 
@@ -63,14 +66,16 @@ Sizes check(const Tensor& x, const Tensor& weight, const Tensor& crow, const Ten
   return sizes;
 }
 
-// new_empty through the dispatcher costs 2 microseconds more.
-Tensor empty(int64_t rows, int64_t columns, const Tensor& like) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+// Contiguous. new_empty through the dispatcher costs 2 microseconds more.
+Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  int64_t strides[4], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
   int32_t dtype, device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype, device_type, 0, &handle));
   return Tensor(handle);
 }
 
@@ -81,7 +86,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const Tensor& crow, const Tens
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->numel() == outputs && bias->scalar_type() == x.scalar_type()),
                   "blockvit::cpu_linear: expected a bias of ", outputs, " numbers of x's dtype");
   const Tensor offsets = !bias || bias->is_contiguous() ? bias.value_or(Tensor()) : torch::stable::contiguous(*bias);
-  Tensor y = empty(x.size(0), outputs, x);
+  Tensor y = empty({x.size(0), outputs}, x);
   const blockvit::Layer<T> layer{
       data<T>(x),
       data<T>(weight),
@@ -114,6 +119,39 @@ Tensor cpu_linear(const Tensor& x, const Tensor& weight, const Tensor& crow, con
                  : run<float>(rows, weight, crow, col, bias, activation, sizes);
 }
 
+template <typename T>
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const auto heads = [](const Tensor& t) {
+    return blockvit::Heads<T>{data<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  };
+  Tensor y = empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q);
+  const blockvit::Attention<T> attention{
+      heads(q),  heads(k),  heads(v),  static_cast<T*>(y.mutable_data_ptr()),
+      q.size(0), q.size(1), q.size(2), k.size(2), q.size(3),
+  };
+  blockvit::attend(attention, torch::stable::get_num_threads(), TorchThreads{});
+  return y;
+}
+
+Tensor cpu_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const bool is_bf16 = q.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((is_bf16 || q.scalar_type() == ScalarType::Float) && k.scalar_type() == q.scalar_type() &&
+                      v.scalar_type() == q.scalar_type(),
+                  "blockvit::cpu_attention: expected q, k and v all float32 or all bfloat16");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "blockvit::cpu_attention: expected q, k and v of shape (batch, heads, tokens, size)");
+  for (const int64_t i : {0, 1, 3}) {
+    STD_TORCH_CHECK(k.size(i) == q.size(i) && v.size(i) == q.size(i), "blockvit::cpu_attention: q, k and v have ",
+                    q.size(i), ", ", k.size(i), " and ", v.size(i), " in dimension ", i, "; expected the same");
+  }
+  STD_TORCH_CHECK(k.size(2) == v.size(2) && k.size(2) > 0, "blockvit::cpu_attention: ", k.size(2), " keys and ",
+                  v.size(2), " values; expected as many of each, at least one");
+  // Tokens may lie anywhere; the numbers of one must be neighbours.
+  const auto neighbours = [](const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); };
+  return is_bf16 ? attend<blockvit::bf16>(neighbours(q), neighbours(k), neighbours(v))
+                 : attend<float>(neighbours(q), neighbours(k), neighbours(v));
+}
+
 int64_t cpu_panel_width(int64_t block_size) { return blockvit::panel_width(block_size); }
 
 // Floating-point operations that a call of blockvit::cpu_multiply_adds does, on all of PyTorch's threads.
@@ -132,6 +170,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blockvit, library) {
   library.def("cpu_linear(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor? bias, int activation) -> Tensor");
   library.def(
       "cpu_linear_no_grad(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor? bias, int activation) -> Tensor");
+  library.def("cpu_attention(Tensor q, Tensor k, Tensor v) -> Tensor");
   library.def("cpu_panel_width(int block_size) -> int");
   library.def("cpu_multiply_adds(int rounds, bool in_bf16) -> float");
 }
@@ -139,6 +178,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blockvit, library) {
 STABLE_TORCH_LIBRARY_IMPL(blockvit, CPU, library) {
   library.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   library.impl("cpu_linear_no_grad", TORCH_BOX(&cpu_linear));
+  library.impl("cpu_attention", TORCH_BOX(&cpu_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blockvit, CompositeExplicitAutograd, library) {
