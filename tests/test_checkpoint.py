@@ -496,17 +496,31 @@ def test_what_dense_backend_placed_comes_back_where_it_is_faster_here(path, imag
     model = blockvit.to_block_sparse(blockvit.fold(model), BLOCK, dense_backend="cpu")
     save(model, path)
     monkeypatch.setattr(cpu, "beats_dense", lambda shape, dtype, block_size: faster)
-    monkeypatch.setattr(cpu_attention, "beats_pytorch", lambda heads, size, dtype: faster)
     for loaded in (load(path), load(path, vit())):
         with torch.inference_mode():
             torch.testing.assert_close(loaded(images), model(images))
         attention = loaded.encoder.layers[1].self_attention
-        assert attention.backend == ("cpu" if faster else "torch")
+        assert attention.kernel == "cpu"
         placed = (attention.qkv, attention.out_proj, loaded.heads.head, loaded.conv_proj.linear)
         assert {layer.backend.name for layer in placed} == {"cpu" if faster else "dense"}
         assert loaded.encoder.layers[1].mlp[0].backend.name == "cpu"
-    assert load(path, backend="gather").encoder.layers[1].self_attention.backend == "torch"
-    assert load(path, backend="cpu").encoder.layers[1].self_attention.backend == "cpu"
+    assert load(path, backend="gather").encoder.layers[1].self_attention.kernel == "torch"
+    assert load(path, backend="cpu").encoder.layers[1].self_attention.kernel == "cpu"
+
+
+def test_another_backend_than_auto_measures_nothing_when_loading(path, monkeypatch):
+    save(with_patches_on_a_kernel(), path)
+    monkeypatch.setattr(cpu, "load", lambda: pytest.fail("the kernel is not asked for"))
+    assert load(path, backend="gather").heads.head.backend.name == "gather"
+
+
+def test_the_wish_for_attentions_kernel_outlasts_a_machine_without_it(path, monkeypatch):
+    model = sparse_vit()
+    model.encoder.layers[0].self_attention.use_kernel("auto")
+    save(model, path)
+    monkeypatch.setattr(cpu_attention, "beats_pytorch", lambda heads, size, dtype: False)
+    save(load(path), path)
+    assert [layer.self_attention.kernel for layer in load(path).encoder.layers] == ["auto", "torch"]
 
 
 # --- patch embeddings ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from blockvit import (
     to_block_sparse,
 )
 from blockvit.convert import LayerFate, random_block_mask_
-from blockvit.kernels import cpu, cpu_attention
+from blockvit.kernels import cpu
 from blockvit.patches import PatchEmbedding
 from blockvit.supermask import SupermaskConv2d, SupermaskLinear, supermask_layers
 
@@ -547,17 +547,16 @@ def test_dense_layers_go_to_the_backend_asked_for(dense_backend, faster, monkeyp
 
 @needs_a_kernel
 @pytest.mark.parametrize(
-    ("dense_backend", "expected"), [("cpu", "cpu"), ("auto", "cpu"), ("gather", "torch"), (None, "torch")]
+    ("dense_backend", "expected"), [("cpu", "cpu"), ("auto", "auto"), ("gather", "torch"), (None, "torch")]
 )
-def test_attention_takes_our_kernel_where_dense_layers_do(dense_backend, expected, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "beats_pytorch", lambda heads, size, dtype: (heads, size) == (4, 8))
+def test_attention_takes_our_kernel_where_dense_layers_do(dense_backend, expected):
     model = folded_vit()
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         logits = model(x)
         converted = to_block_sparse(model, 16, targets="mlp", dense_backend=dense_backend)
         torch.testing.assert_close(converted(x), logits)
-    assert {layer.self_attention.backend for layer in converted.encoder.layers} == {expected}
+    assert {layer.self_attention.kernel for layer in converted.encoder.layers} == {expected}
 
 
 @needs_a_kernel

@@ -595,7 +595,9 @@ def test_attention_of_nothing():
 
 def test_attention_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.blockvit.cpu_attention, (heads(7, dtype), heads(9, dtype), heads(9, dtype)))
+        qkv = heads(7, dtype), heads(9, dtype), heads(9, dtype)
+        torch.library.opcheck(torch.ops.blockvit.cpu_attention_no_grad, qkv)
+        torch.library.opcheck(torch.ops.blockvit.cpu_attention, [t.requires_grad_() for t in qkv])
 
 
 def test_attention_refuses_wrong_operands():
@@ -616,7 +618,7 @@ def test_attention_refuses_wrong_operands():
 def attention_on_kernel():
     module = MultiheadAttention(32, 4, batch_first=True).eval()
     nn.init.normal_(module.qkv.weight, std=0.3)
-    module.use_backend("cpu")
+    module.use_kernel("cpu")
     return module
 
 
@@ -667,7 +669,7 @@ def test_derivatives_pass_through_attention_on_the_kernel():
         return torch.autograd.functional.jacobian(run, x), torch.func.jacrev(run)(x), torch.vmap(run)(x[None])
 
     found = derivatives()
-    module.use_backend("torch")
+    module.use_kernel("torch")
     for mine, theirs in zip(found, derivatives(), strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -685,23 +687,63 @@ def test_attention_on_the_kernel_compiles_whole_and_exports():
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_auto_measures_attention(faster, monkeypatch):
+def test_auto_measures_attention_in_the_dtype_at_hand(faster, attended, monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "beats", lambda ours, theirs: asked.append((ours(), theirs())) or faster)
     cpu_attention._beats_pytorch.cache_clear()
-    module = attention_on_kernel()
-    module.use_backend("auto")
+    module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    module.use_kernel("auto")
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            attended.clear()
+            for _ in range(2):
+                module.to(dtype)(*[x.to(dtype)] * 3, need_weights=False)
+            calls = [qkv for qkv in attended if qkv[0].shape[2] == 7]
+            assert len(calls) == (2 if faster else 0)
+            ours, theirs = asked.pop()
+            assert not asked and ours.dtype == dtype and ours.shape == (1, 4, cpu.TOKENS, 8)
+            torch.testing.assert_close(ours, theirs)
     cpu_attention._beats_pytorch.cache_clear()
-    assert module.backend == ("cpu" if faster else "torch")
-    [(ours, theirs)] = asked
-    assert ours.shape == (1, 4, cpu.TOKENS, 8)
-    torch.testing.assert_close(ours, theirs)
     assert not cpu_attention.beats_pytorch(4, 8, torch.float16)
 
 
-def test_attention_knows_its_backends():
-    with pytest.raises(ValueError, match="backend is 'triton'; attention runs on 'torch' or 'cpu', or 'auto'"):
-        attention_on_kernel().use_backend("triton")
+def test_attention_knows_its_kernels():
+    module = attention_on_kernel()
+    assert "kernel=cpu" in repr(module)
+    with pytest.raises(ValueError, match="kernel is 'triton'; attention runs on 'torch' or 'cpu', or 'auto'"):
+        module.use_kernel("triton")
+
+
+def test_attention_of_other_shapes_than_the_kernels_is_pytorchs():
+    q, k, v = heads(4, batch=1), heads(9), heads(9)
+    assert not cpu_attention.can_attend(q, k, v)
+    assert not cpu_attention.can_attend(heads(4), k, v[..., :8])
+    assert not cpu_attention.can_attend(heads(4), k.bfloat16(), v.bfloat16())
+
+
+def test_gradients_of_attention_in_a_graph():
+    """Exported without gradients, a program may still be asked for them."""
+    module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        program = torch.export.export(module, (x, x, x), {"need_weights": False}).module()
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    program(found, found, found, need_weights=False)[0].square().sum().backward()
+    module.use_kernel("torch")
+    module(expected, expected, expected, need_weights=False)[0].square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    double = [heads(5, torch.float32, 1, 2, 4).requires_grad_() for _ in range(3)]
+    torch.autograd.gradgradcheck(
+        lambda *qkv: torch.ops.blockvit.cpu_attention(*qkv), double, eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=1e-4
+    )
+
+
+def test_what_an_older_version_pickled_still_packs():
+    sparse = layer(masked_weight(32, 32, 16, random_mask(32, 32, 16, 0.5)), 16)
+    del vars(sparse)["preferred_backend"]
+    sparse.use_backend("auto")
+    assert_right(sparse, torch.randn(3, 32))
+    with pytest.raises(ValueError, match="nonsense"):
+        BlockSparseLinear(sparse.bsr, preferred="nonsense")
 
 
 # --- sanitizers ------------------------------------------------------------------------------------------------------

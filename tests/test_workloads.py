@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import blockvit
-from blockvit import engines, models, semi_structured, tune
+from blockvit import bench, engines, models, semi_structured, tune
 from blockvit.accuracy import AccuracyCell
 from blockvit.attention import expose_projections
 from blockvit.bench import Effort, sweep
 from blockvit.clocks import Clock, Timing
 from blockvit.convert import random_block_mask_
+from blockvit.kernels import cpu, cpu_attention
 from blockvit.masks import num_kept
 from blockvit.results import COLUMNS, KEYS, Store
 from blockvit.supermask import supermask_layers
@@ -23,6 +24,7 @@ from blockvit.workloads import (
     DIFFERENCES,
     SCOPES,
     UNPRUNED,
+    AttentionCase,
     CeilingCase,
     ConversionCase,
     LinearCase,
@@ -566,6 +568,40 @@ def test_mlp_cases_are_the_full_grid():
     assert [(case.tokens, case.sparsity, case.block_size) for case in cases] == [
         (t, s, b) for t in (5, 7) for s in (0.9, 0.5) for b in (16, 32)
     ]
+
+
+# --- attention on its own --------------------------------------------------------------------------------------------
+
+needs_a_kernel = pytest.mark.skipif(cpu.load() is not None, reason="the CPU kernel could not be built")
+
+
+@needs_a_kernel
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_timed_beside_dense_engines(precision, tmp_path):
+    able = [engine for engine in engines.ENGINES if not engines.refusal(engine, CPU, bench.DTYPES[precision])]
+    case = AttentionCase(9, 2, precision, dense_modes=tuple(engines.ENGINES), heads=3, size=8)
+    store = Store(tmp_path)
+    sweep([case], store, "attention", device="cpu", effort=SHORT)
+    rows = store.read("attention")
+    assert not len(rows[rows["metric"] == "failed"])
+    assert {*zip(rows["backend"], rows["compile"], strict=True)} == {
+        ("cpu", "eager"),
+        *(("dense", mode) for mode in ("eager", *able)),
+    }
+    assert rows["group"].nunique() == 1 and set(rows["model"]) == {"3x8"} and set(rows["scope"]) == {"attention"}
+    assert sweep([case], store, "attention", device="cpu", effort=SHORT).measured == 0
+
+
+@needs_a_kernel
+def test_attention_that_is_wrong_has_no_time(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "attend", lambda q, k, v: v)
+    _, failed = AttentionCase(9, heads=3, size=8).measure(CPU, SHORT)
+    assert failed["metric"] == "failed" and failed["backend"] == "cpu"
+
+
+def test_attention_is_measured_where_our_kernel_runs():
+    assert AttentionCase(9).keys(torch.device("meta")) == []
+    assert AttentionCase(9, precision="fp16").keys(CPU) == []
 
 
 def test_one_kernel_is_only_where_there_is_such_a_kernel():

@@ -55,6 +55,7 @@ def _stands_for(module: nn.Module, stock: nn.Module) -> bool:
         return True
     if type(module) is MultiheadAttention and type(stock) is nn.MultiheadAttention:
         stock = MultiheadAttention.from_torch(stock)
+        stock.use_kernel(module.kernel)
     fused = isinstance(module, BlockSparseMLP) and type(stock).forward is nn.Sequential.forward
     return (
         (fused or _settings(module) == _settings(stock))

@@ -27,13 +27,13 @@ class MultiheadAttention(nn.Module):
 
     Made of one by ``from_torch``, or anew with the arguments and the first weights of ``nn.MultiheadAttention``; in
     neither way with ``add_bias_kv`` or ``add_zero_attn``. Attention runs through ``scaled_dot_product_attention``
-    unless weights are asked for, or ``backend`` says otherwise.
+    unless weights are asked for, or ``use_kernel`` has said otherwise.
 
     Attributes:
-        backend: ``"torch"`` or ``"cpu"``, see ``use_backend``.
+        kernel: as ``use_kernel`` was told; ``"torch"`` at first.
     """
 
-    backend = "torch"
+    kernel = "torch"
 
     # nn.TransformerEncoderLayer takes a fused inference path that reads weights instead of calling modules; these two
     # attributes, which it asks for first, keep it from doing so.
@@ -90,19 +90,21 @@ class MultiheadAttention(nn.Module):
                 setattr(self, f"{name}_proj", _linear(weight, b))
         self.out_proj = _linear(mha.out_proj.weight, mha.out_proj.bias)
 
-    def use_backend(self, name: str) -> None:
-        """Let ``"torch"`` or ``"cpu"`` attend: our kernel, wherever it can (``cpu_attention.can_attend``, no mask).
+    def use_kernel(self, name: str) -> None:
+        """What multiplies queries, keys and values where no mask, dropout or weights are asked for.
 
-        ``"auto"``: our kernel, if the module is on a CPU where that is at least a tenth faster at one image's tokens.
+        Args:
+            name: ``"torch"``: PyTorch's kernel. ``"cpu"``: ours, whenever it can (``cpu_attention.can_attend``).
+                ``"auto"``: ours, if it is faster in the dtype at hand on this CPU, which is measured once.
         """
         if name not in ("auto", "cpu", "torch"):
-            raise ValueError(f"backend is {name!r}; attention runs on 'torch' or 'cpu', or 'auto'")
-        if name == "auto":
-            held = next(tensor for tensor in self.state_dict().values() if tensor.is_floating_point())
-            sizes = self.num_heads, self.embed_dim // self.num_heads
-            is_faster = held.device.type == "cpu" and cpu_attention.beats_pytorch(*sizes, held.dtype)
-            name = "cpu" if is_faster else "torch"
-        self.backend = name
+            raise ValueError(f"kernel is {name!r}; attention runs on 'torch' or 'cpu', or 'auto'")
+        self.kernel = name
+
+    def _is_for_our_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        if self.kernel == "torch" or not cpu_attention.can_attend(q, k, v):
+            return False
+        return self.kernel == "cpu" or cpu_attention.beats_pytorch(self.num_heads, q.shape[-1], q.dtype)
 
     def forward(
         self,
@@ -141,7 +143,7 @@ class MultiheadAttention(nn.Module):
         if need_weights:
             attended, weights = _attend_with_weights(q, k, v, mask, dropout)
             weights = weights.mean(dim=1) if average_attn_weights else weights
-        elif self.backend == "cpu" and mask is None and dropout == 0 and cpu_attention.can_attend(q, k, v):
+        elif mask is None and dropout == 0 and self._is_for_our_kernel(q, k, v):
             attended, weights = cpu_attention.attend(q, k, v), None
         else:
             attended, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
@@ -177,7 +179,8 @@ class MultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        return sizes if self.kernel == "torch" else f"{sizes}, kernel={self.kernel}"
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

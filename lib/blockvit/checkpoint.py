@@ -72,9 +72,7 @@ def save(
         "model": type(model).__name__,
         "architecture": architecture.arguments_of(model),
         "attention": [name for name, m in modules.items() if isinstance(m, MultiheadAttention)],
-        "attention_on_cpu_kernel": [
-            name for name, m in modules.items() if isinstance(m, MultiheadAttention) and m.backend == "cpu"
-        ],
+        "attention_kernels": {name: m.kernel for name, m in modules.items() if isinstance(m, MultiheadAttention)},
         "source_sha256": None if source is None else sha256(source),
         "layers": {
             name: {
@@ -161,8 +159,9 @@ def load(
         path: the file.
         model: a dense model of the same architecture, replaced in place, wrapped or not. Not needed for torchvision's
             ``VisionTransformer``, which is built from the file, unless modules, settings or hooks of it were changed.
-        backend: ``"auto"``, the preferred one on this machine, or a backend's name. ``"auto"`` measures layers without
-            zeros, which ``dense_backend`` placed, as ``to_block_sparse`` does.
+        backend: ``"auto"``, the preferred one on this machine, or a backend's name. ``"auto"`` measures, on a CPU,
+            whether layers without zeros, which ``dense_backend`` placed, are faster on our kernel. Attention takes ours
+            if it did when the model was saved and ``backend`` is ``"auto"`` or ``"cpu"``.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.
 
@@ -220,8 +219,8 @@ def load(
     placed = tuple(f"{name}." for name in metadata["layers"])  # these were packed from the file; all names are known
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(placed)}
     model.load_state_dict(rest, strict=False, assign=assign)
-    for name in metadata.get("attention_on_cpu_kernel", ()) if backend in ("auto", "cpu") else ():
-        model.get_submodule(name).use_backend(backend)
+    for name, kernel in metadata.get("attention_kernels", {}).items():  # older files have no such entry
+        model.get_submodule(name).use_kernel(kernel if backend in ("auto", "cpu") else "torch")
     fuse_mlps(model.eval(), fuse_mlp)
     return model if wrapped is None else wrapped.eval()
 
@@ -253,7 +252,7 @@ def _place_layers(model: nn.Module, metadata: dict[str, Any], tensors: dict[str,
             BSRMatrix(*parts, tuple(layer["shape"])).check_indices(),
             None if bias is None else nn.Parameter(bias, requires_grad=learnt and bias.is_floating_point()),
             backend=backend,
-            preferred="cpu" if _is_faster_on_cpu_kernel(layer, parts[-1]) else None,
+            preferred="cpu" if backend == "auto" and _is_faster_on_cpu_kernel(layer, parts[-1]) else None,
             activation=layer["activation"],
         )
 

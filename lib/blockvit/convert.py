@@ -206,10 +206,10 @@ def to_block_sparse(
         dense_backend: the backend for linear layers that would otherwise stay dense, whatever ``targets`` says; layers
             in ``skip`` are left alone. None leaves them ``nn.Linear``. A backend's name converts them too, in blocks of
             ``DENSE_BLOCK_SIZE``: frozen and, except on ``"cpu"``, held twice (BSR parts and packed form). A ViT's patch
-            embedding becomes a ``patches.PatchEmbedding``, and on ``"cpu"`` a ``MultiheadAttention`` takes our kernel
-            between its projections. ``"auto"`` measures: on a CPU, what our kernels do at least a tenth faster than
-            PyTorch's own at one image's tokens goes to them, shape by shape. Other convolutions and subclasses of
-            ``nn.Linear`` stay.
+            embedding becomes a ``patches.PatchEmbedding``, and on ``"cpu"`` every ``MultiheadAttention`` takes our
+            kernel between its projections, whatever ``skip`` says of those. ``"auto"`` measures: on a CPU, what our
+            kernels do at least a tenth faster than PyTorch's own at one image's tokens goes to them, shape by shape.
+            Other convolutions and subclasses of ``nn.Linear`` stay.
 
     Raises:
         ValueError: no layer holds a zero block and no ``dense_backend`` is given (the message lists each layer's
@@ -247,9 +247,9 @@ def to_block_sparse(
     check_not_hooked({name: modules[name] for name in replacements})
     expose_projections(model)
     replace_modules(model, replacements)
-    for module in model.modules() if dense_backend in ("auto", "cpu") else ():
-        if isinstance(module, MultiheadAttention):
-            module.use_backend(dense_backend)
+    if dense_backend in ("auto", "cpu"):
+        for attention in (m for m in model.modules() if isinstance(m, MultiheadAttention)):
+            attention.use_kernel(dense_backend)
     if backend != "auto":
         for layer in before:
             layer.use_backend(backend)

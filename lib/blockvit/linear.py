@@ -55,6 +55,8 @@ class BlockSparseLinear(nn.Module):
         BackendUnavailableError: the backend asked for cannot run this weight on its device.
     """
 
+    preferred_backend: str | None = None  # of what an older version pickled
+
     def __init__(
         self,
         weight: BSRMatrix,
@@ -72,6 +74,8 @@ class BlockSparseLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.activation = activation
         self.requested_backend, self.preferred_backend = backend, preferred
+        if preferred is not None:
+            named(preferred)
         self.register_buffer("crow_indices", weight.crow_indices)
         self.register_buffer("col_indices", weight.col_indices)
         self.register_buffer("values", weight.values)

@@ -26,18 +26,18 @@ from . import checkout
 from .files import is_full, locked, slug
 
 KEYS = [
-    "experiment",  # linear | mlp | vit | accuracy | training | masks | training_step | ceiling | conversion
+    "experiment",  # linear | mlp | attention | vit | accuracy | training | masks | training_step | ceiling | conversion
     "device",  # the processor's name, with its number of cores if a CPU
     "threads",  # CPU threads used; empty on a GPU
     "torch",
     "triton",
     "dataset",
-    "model",  # a model's name, or OUTxIN for a single linear layer
+    "model",  # a model's name, OUTxIN for a single linear layer, or HEADSxSIZE for attention
     "scope",  # which layers are sparse: linear | mlp | mlp+attention | ...
     "dtype",
     "precision",  # fp32 | tf32 | bf16 | fp16 | int8
     "batch_size",
-    "tokens",  # rows that a linear layer multiplies; for ViT-B/16, 197 an image
+    "tokens",  # rows that a linear layer multiplies, for ViT-B/16 197 an image; of attention, those of one image
     "block_size",
     "sparsity",
     "backend",  # dense | torch | gather | ...

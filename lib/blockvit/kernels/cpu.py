@@ -2,8 +2,8 @@
 
 The kernel (``csrc/block_linear.h``) works in tiles of a few tokens x a panel of 8, 16 or 32 outputs that stay in
 registers over all blocks of a block row: vector registers, or those of AMX in bfloat16 where the CPU has it. It is
-compiled at first use for the instructions of this CPU (``build.py``). As fast as a good dense linear without zeros, and
-faster in proportion with them.
+compiled at first use for the instructions of this CPU (``build.py``), with the one of ``cpu_attention``. As fast as a
+good dense linear without zeros, and faster in proportion with them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Without zeros the kernel is so many times as fast as that linear:
 
 @cache
 def load() -> str | None:
-    """Compile the kernel if need be and load its operators; None, or why that failed.
+    """Compile the kernels if need be and load their operators; None, or why that failed.
 
     Called by every conversion for a CPU. A process that runs an exported program without converting anything calls it
     itself. Failure warns once: the layers then take a slower backend.
@@ -49,8 +49,10 @@ def load() -> str | None:
         torch.ops.load_library(build.build_for_this_cpu("operators.cpp"))
         torch.library.register_fake("blockvit::cpu_linear", _fake)
         torch.library.register_fake("blockvit::cpu_linear_no_grad", _fake)
-        torch.library.register_fake("blockvit::cpu_attention", _fake_attention)
         torch.library.register_autograd("blockvit::cpu_linear", _backward, setup_context=_save_inputs)
+        for operator in ("cpu_attention", "cpu_attention_no_grad"):
+            torch.library.register_fake(f"blockvit::{operator}", _fake_attention)
+        torch.library.register_autograd("blockvit::cpu_attention", _attention_backward, setup_context=_save_qkv)
     except (build.BuildError, OSError) as error:
         warnings.warn(
             f"blockvit's CPU kernel is not available, so block-sparse layers run in plain PyTorch, which is several "
@@ -68,10 +70,6 @@ def _block_size(weight: Tensor) -> int:
 
 def _fake(x: Tensor, weight: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return x.new_empty(x.shape[0], (crow.shape[0] - 1) * _block_size(weight))
-
-
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -94,6 +92,24 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     if bias is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.sum(dim=0)
     return grad_x, None, None, None, grad_bias, None
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+def _save_qkv(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _attention_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Only of graphs: eagerly PyTorch's attention runs where a gradient is asked for, and it keeps what its own needs.
+    q, k, v = ctx.saved_tensors
+    grad, scale = grad.transpose(1, 2), q.shape[-1] ** -0.5
+    weights = (q @ k.mT * scale).softmax(dim=-1)
+    grad_weights = grad @ v.mT
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True)) * scale
+    return grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad
 
 
 @constant_in_graphs  # an operator that returns a number cannot be traced
@@ -189,10 +205,10 @@ class CPU(Backend):
 
 
 TOKENS = 197
-"""Of one image in ViT-B/16: what ``beats_dense`` measures with."""
+"""Of one image in ViT-B/16: what is faster, the kernels or PyTorch, is measured with so many."""
 
 MARGIN = 1.1
-"""A layer without zeros moves to the kernel only for a gain that nine calls can tell from noise."""
+"""What is dense moves to a kernel only for a gain that nine calls can tell from noise."""
 
 
 def beats_dense(shape: tuple[int, int], dtype: torch.dtype, block_size: int) -> bool:

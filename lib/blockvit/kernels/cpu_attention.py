@@ -24,15 +24,22 @@ def _is_loaded() -> bool:
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether ``attend`` takes these: float32 or bfloat16 on a CPU, at least one key, and no derivative asked for."""
-    if any(t.device.type != "cpu" or t.dtype not in cpu.DTYPES or t.dtype != q.dtype for t in (q, k, v)):
+    """Whether ``attend`` takes these: alike but for the number of tokens, on a CPU, in float32 or bfloat16.
+
+    Where a gradient is asked for, PyTorch's own attention is faster, and this is False; in compiled code it is not.
+    """
+    for t in (q, k, v):
+        alike = t.dtype == q.dtype and t.shape[:2] == q.shape[:2] and t.shape[3] == q.shape[3]
+        if not (alike and t.device.type == "cpu" and t.dtype in cpu.DTYPES):
+            return False
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if learns and not torch.compiler.is_compiling():
         return False
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return not wanted and k.shape[2] > 0 and not needs_plain_operators() and _is_loaded()
+    return k.shape[2] > 0 and not needs_plain_operators() and _is_loaded()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q @ k.T / sqrt(size)) @ v`` as ``F.scaled_dot_product_attention``, without a mask; inference only.
+    """``softmax(q @ k.T / sqrt(size)) @ v``, as ``F.scaled_dot_product_attention`` without a mask.
 
     Args:
         q: ``(N, heads, L, size)``, with any strides, as are ``k`` and ``v``, ``(N, heads, S, size)``.
@@ -42,14 +49,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``(N, heads, L, size)``, the heads of a token side by side in memory.
     """
-    return torch.ops.blockvit.cpu_attention(q, k, v).transpose(1, 2)
+    operator = torch.ops.blockvit.cpu_attention_no_grad.default
+    if torch.compiler.is_compiling():  # a graph may be asked for gradients later; eagerly autograd costs, see cpu.py
+        operator = torch.ops.blockvit.cpu_attention.default
+    return operator(q, k, v).transpose(1, 2)
 
 
 def beats_pytorch(heads: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel is faster than PyTorch's at one image's tokens; measured once for each number of threads."""
+    """Whether the kernel is a tenth faster than PyTorch's attention at one image's tokens.
+
+    Measured once for each number of threads, which takes some milliseconds.
+    """
     return _beats_pytorch(heads, size, dtype, torch.get_num_threads())
 
 
+@constant_in_graphs
 @cache
 def _beats_pytorch(heads: int, size: int, dtype: torch.dtype, threads: int) -> bool:
     if dtype not in cpu.DTYPES or not _is_loaded():

@@ -5,6 +5,7 @@ same weights block-sparse through each backend. Every sparse variant's output is
 its time is taken.
 """
 
+from .attention import AttentionCase
 from .conversion import DIFFERENCES, ConversionCase, fold_differences, masked_model
 from .device import CeilingCase, TuningCase, fewer_threads, tuning_cases
 from .grid import DeviceGrid, ModelGrid
@@ -23,6 +24,7 @@ __all__ = [
     "SCOPES",
     "TAILS",
     "UNPRUNED",
+    "AttentionCase",
     "CeilingCase",
     "ConversionCase",
     "DeviceGrid",

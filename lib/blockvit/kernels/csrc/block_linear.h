@@ -34,8 +34,6 @@ constexpr int64_t PANEL_OVERHEAD = 16;
 // are 1.1 times as fast as 16 at 197 tokens and 90%.
 template <int NR, typename T>
 constexpr int64_t UNITS_PER_THREAD = ON_AMX<NR, T> ? 4 : 16;
-// Multiply-adds below which waking another thread costs more than it saves.
-constexpr int64_t GRAIN = 1 << 19;
 
 // Tokens x panels, cut into units of about the same work. Block rows differ in length, so panels are cut where the
 // running sum of blocks says; a unit is a range of tokens and a range of panels. A thread stays with a range of tokens,

@@ -1,5 +1,6 @@
-// PyTorch's side of the kernels in block_linear.h and attention.h: the operators blockvit::cpu_linear and, the same
-// without autograd, cpu_linear_no_grad, and blockvit::cpu_attention, on PyTorch's own threads (at::parallel_for).
+// PyTorch's side of the kernels in block_linear.h and attention.h: the operators blockvit::cpu_linear and
+// blockvit::cpu_attention and, the same without autograd, cpu_linear_no_grad and cpu_attention_no_grad, on PyTorch's own
+// threads (at::parallel_for).
 // Written against PyTorch's stable ABI: its headers compile in 3 seconds where those of at::Tensor take 12 and
 // <torch/extension.h> a minute, and a call costs the same (5 microseconds; through an operator written in Python 10 to
 // 20).
@@ -171,6 +172,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blockvit, library) {
   library.def(
       "cpu_linear_no_grad(Tensor x, Tensor weight, Tensor crow, Tensor col, Tensor? bias, int activation) -> Tensor");
   library.def("cpu_attention(Tensor q, Tensor k, Tensor v) -> Tensor");
+  library.def("cpu_attention_no_grad(Tensor q, Tensor k, Tensor v) -> Tensor");
   library.def("cpu_panel_width(int block_size) -> int");
   library.def("cpu_multiply_adds(int rounds, bool in_bf16) -> float");
 }
@@ -179,6 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(blockvit, CPU, library) {
   library.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   library.impl("cpu_linear_no_grad", TORCH_BOX(&cpu_linear));
   library.impl("cpu_attention", TORCH_BOX(&cpu_attention));
+  library.impl("cpu_attention_no_grad", TORCH_BOX(&cpu_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blockvit, CompositeExplicitAutograd, library) {

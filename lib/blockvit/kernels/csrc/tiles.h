@@ -24,6 +24,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // the latency of two FMA units (2 x 4 cycles = 8).
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;
 constexpr int MAX_TOKENS = 12;  // in a tile; more only lengthens the code, one instance for each number of tokens
+// Multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t GRAIN = 1 << 19;
 
 // Whether the kernel was built for panels of `nr` outputs.
 constexpr bool is_panel_width(int64_t nr) { return nr == 8 || nr == 16 || nr == 32; }
