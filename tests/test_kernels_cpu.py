@@ -674,9 +674,13 @@ def test_derivatives_pass_through_attention_on_the_kernel():
         torch.testing.assert_close(mine, theirs)
 
 
-def test_attention_on_the_kernel_compiles_whole_and_exports():
+@pytest.mark.parametrize("kernel", ["cpu", "auto"])
+def test_attention_on_the_kernel_compiles_whole_and_exports(kernel, monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(cpu, "beats", lambda ours, theirs: True)
+    cpu_attention._beats_pytorch.cache_clear()
     module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    module.use_kernel(kernel)
     with torch.no_grad():
         expected = module(x, x, x, need_weights=False)[0]
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -684,6 +688,7 @@ def test_attention_on_the_kernel_compiles_whole_and_exports():
         program = torch.export.export(module, (x, x, x), {"need_weights": False})
         assert "cpu_attention" in program.graph_module.code
         torch.testing.assert_close(program.module()(x, x, x, need_weights=False)[0], expected)
+    cpu_attention._beats_pytorch.cache_clear()
 
 
 @pytest.mark.parametrize("faster", [True, False])

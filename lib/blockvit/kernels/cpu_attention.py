@@ -55,6 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return operator(q, k, v).transpose(1, 2)
 
 
+@constant_in_graphs
 def beats_pytorch(heads: int, size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel is a tenth faster than PyTorch's attention at one image's tokens.
 
@@ -63,7 +64,6 @@ def beats_pytorch(heads: int, size: int, dtype: torch.dtype) -> bool:
     return _beats_pytorch(heads, size, dtype, torch.get_num_threads())
 
 
-@constant_in_graphs
 @cache
 def _beats_pytorch(heads: int, size: int, dtype: torch.dtype, threads: int) -> bool:
     if dtype not in cpu.DTYPES or not _is_loaded():
