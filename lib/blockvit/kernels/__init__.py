@@ -1,7 +1,7 @@
 """Block-sparse linear kernels: a backend per file, one registry, one contract.
 
 To add a backend, write a module here with a subclass of ``registry.Backend``, decorate it with ``@register``, and
-import it below.
+import it below. ``cpu_attention`` is no backend: it multiplies no weight.
 """
 
 # Each registers itself.
