@@ -396,7 +396,7 @@ def test_a_device_is_answered_for_the_mlp_first():
         "random blocks."
     )
     assert told[1] == (
-        "- What the kernel does without sparsity: the dense model wholly on it (`cpu+dense`) takes 30 ms, 1.10× the "
+        "- What our kernels do without sparsity: the dense model wholly on them (`cpu+dense`) takes 30 ms, 1.10× the "
         "speed of the "
         "fastest dense engine (spread 0.99× to 1.21×)."
     )

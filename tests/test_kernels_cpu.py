@@ -623,6 +623,14 @@ def attention_on_kernel():
 
 
 @pytest.fixture
+def unmeasured():
+    """Nothing is known of which attention is faster, and what a test lets believe is forgotten."""
+    cpu_attention._beats_pytorch.cache_clear()
+    yield
+    cpu_attention._beats_pytorch.cache_clear()
+
+
+@pytest.fixture
 def attended(monkeypatch):
     """The calls of our attention kernel."""
     calls, attend = [], cpu_attention.attend
@@ -675,10 +683,9 @@ def test_derivatives_pass_through_attention_on_the_kernel():
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "auto"])
-def test_attention_on_the_kernel_compiles_whole_and_exports(kernel, monkeypatch):
+def test_attention_on_the_kernel_compiles_whole_and_exports(kernel, unmeasured, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(cpu, "beats", lambda ours, theirs: True)
-    cpu_attention._beats_pytorch.cache_clear()
     module, x = attention_on_kernel(), torch.randn(2, 7, 32)
     module.use_kernel(kernel)
     with torch.no_grad():
@@ -688,14 +695,12 @@ def test_attention_on_the_kernel_compiles_whole_and_exports(kernel, monkeypatch)
         program = torch.export.export(module, (x, x, x), {"need_weights": False})
         assert "cpu_attention" in program.graph_module.code
         torch.testing.assert_close(program.module()(x, x, x, need_weights=False)[0], expected)
-    cpu_attention._beats_pytorch.cache_clear()
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_auto_measures_attention_in_the_dtype_at_hand(faster, attended, monkeypatch):
+def test_auto_measures_attention_in_the_dtype_at_hand(faster, attended, unmeasured, monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "beats", lambda ours, theirs: asked.append((ours(), theirs())) or faster)
-    cpu_attention._beats_pytorch.cache_clear()
     module, x = attention_on_kernel(), torch.randn(2, 7, 32)
     module.use_kernel("auto")
     with torch.inference_mode():
@@ -708,14 +713,37 @@ def test_auto_measures_attention_in_the_dtype_at_hand(faster, attended, monkeypa
             ours, theirs = asked.pop()
             assert not asked and ours.dtype == dtype and ours.shape == (1, 4, cpu.TOKENS, 8)
             torch.testing.assert_close(ours, theirs)
-    cpu_attention._beats_pytorch.cache_clear()
     assert not cpu_attention.beats_pytorch(4, 8, torch.float16)
+
+
+@pytest.mark.parametrize("ask", ["export", "autocast"])
+def test_what_is_timed_is_attention_itself_whoever_asks_first(ask, unmeasured, monkeypatch):
+    """Under export tensors hold nothing, and under autocast PyTorch's attention would run in another dtype."""
+    timed = []
+
+    def beats(ours, theirs):
+        timed.extend([ours(), theirs()])
+        return True
+
+    monkeypatch.setattr(cpu, "beats", beats)
+    module, x = attention_on_kernel(), torch.randn(2, 7, 32)
+    module.use_kernel("auto")
+    if ask == "export":
+        program = torch.export.export(module, (x, x, x), {"need_weights": False})
+        assert program.graph_module.code.count("blockvit.cpu_attention.default(") == 1
+        assert "scaled_dot_product" not in program.graph_module.code
+    else:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            module(*[x.bfloat16()] * 3, need_weights=False)
+    assert [type(y) for y in timed] == [torch.Tensor] * 2
+    assert timed[0].dtype == timed[1].dtype
+    torch.testing.assert_close(*timed)
 
 
 def test_attention_knows_its_kernels():
     module = attention_on_kernel()
     assert "kernel=cpu" in repr(module)
-    with pytest.raises(ValueError, match="kernel is 'triton'; attention runs on 'torch' or 'cpu', or 'auto'"):
+    with pytest.raises(ValueError, match="kernel is 'triton'; expected 'auto', 'cpu' or 'torch'"):
         module.use_kernel("triton")
 
 

@@ -95,10 +95,11 @@ class MultiheadAttention(nn.Module):
 
         Args:
             name: ``"torch"``: PyTorch's kernel. ``"cpu"``: ours, whenever it can (``cpu_attention.can_attend``).
-                ``"auto"``: ours, if it is faster in the dtype at hand on this CPU, which is measured once.
+                ``"auto"``: ours, if it is faster on this CPU at one image's tokens, which is measured once for each
+                size, dtype and number of threads.
         """
         if name not in ("auto", "cpu", "torch"):
-            raise ValueError(f"kernel is {name!r}; attention runs on 'torch' or 'cpu', or 'auto'")
+            raise ValueError(f"kernel is {name!r}; expected 'auto', 'cpu' or 'torch'")
         self.kernel = name
 
     def _is_for_our_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:

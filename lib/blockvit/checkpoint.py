@@ -160,8 +160,9 @@ def load(
         model: a dense model of the same architecture, replaced in place, wrapped or not. Not needed for torchvision's
             ``VisionTransformer``, which is built from the file, unless modules, settings or hooks of it were changed.
         backend: ``"auto"``, the preferred one on this machine, or a backend's name. ``"auto"`` measures, on a CPU,
-            whether layers without zeros, which ``dense_backend`` placed, are faster on our kernel. Attention takes ours
-            if it did when the model was saved and ``backend`` is ``"auto"`` or ``"cpu"``.
+            whether layers without zeros, which ``dense_backend`` placed, are faster on our kernel. Attention keeps
+            what ``use_kernel`` was told before it was saved if ``backend`` is ``"auto"`` or ``"cpu"``; else it is
+            PyTorch's.
         fuse_mlp: as for ``to_block_sparse``. A file does not say: it is the same for fused and unfused models.
         source: what the model should have been made from; raises if the file was made from something else.
 

@@ -77,6 +77,8 @@ def table(goals: list[Goal]) -> pd.DataFrame:
 def on_cpu(linear: pd.DataFrame, vit: pd.DataFrame, ceiling: pd.DataFrame) -> list[Goal]:
     """The goals of the backend ``cpu`` in fp32: single layers of ViT-B/16's MLP, and the model.
 
+    Models run on ``cpu`` or ``cpu+dense``, in which attention has its own kernel since that was written.
+
     Args:
         linear: rows of the experiment ``linear`` of one device, at one number of threads.
         vit: rows of the experiment ``vit``, likewise.

@@ -18,7 +18,7 @@ CASES: tuple[Case, ...] = (("mlp", 0.8, 32), ("mlp", 0.9, 32), ("all", 0.9, 64))
 """Those whose published losses are worth it, and the fastest."""
 
 OURS_DENSE: Case = (UNPRUNED, 0.0, 32)
-"""Likewise the dense model wholly on our kernel: what of a speedup is the kernel's."""
+"""Likewise the dense model wholly on our kernels: what of a speedup is theirs."""
 
 NOT_COMPILED = "ᵉ"
 """Marks a speedup whose sparse model was timed eagerly only; elsewhere compiled models took part."""

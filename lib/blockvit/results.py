@@ -60,7 +60,7 @@ STEP_SECONDS, IMAGES_PER_SECOND = "step_seconds", "images_per_second"
 """Metrics of a training step: forward, backward and optimiser."""
 
 UNPRUNED = "none"
-"""The scope of a model of which nothing is sparse: the dense one, wholly on our kernel."""
+"""The scope of a model of which nothing is sparse: the dense one, wholly on our kernels."""
 
 SCOPE_TITLES = {"mlp": "MLP", "mlp+attention": "MLP and projections", "all": "all linear layers"}
 """How prose and figures call what of a model is sparse; others bear the name that the tables give them."""

@@ -219,7 +219,7 @@ def _kernel_alone(models: pd.DataFrame) -> str:
         return ""
     best = alone.loc[alone["speedup"].idxmax()]
     return (
-        f"What the kernel does without sparsity: the dense model wholly on it (`{variant(best)}`) takes "
+        f"What our kernels do without sparsity: the dense model wholly on them (`{variant(best)}`) takes "
         f"{_ms(best['value'])}, {best['speedup']:.2f}× the speed of the fastest dense engine (spread "
         f"{best['speedup_low']:.2f}× to {best['speedup_high']:.2f}×)."
     )

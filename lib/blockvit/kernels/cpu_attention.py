@@ -1,8 +1,7 @@
-"""Attention on CPUs by our own kernel: what most time goes to, once the linear layers of a ViT are sparse.
+"""Attention on CPUs by our own kernel: what much time goes to, once the linear layers of a ViT are sparse.
 
 The kernel (``csrc/attention.h``) multiplies with the tiles of the linear layers' kernel. PyTorch's leaves its products,
-which are small, to a library that does not suit every CPU: on a Zen 5, at 197 tokens, it took 1.4 (with AVX2) to 2.8
-times (AVX-512) as long.
+which are small, to a library that does not suit every CPU. Notebook 7 times both.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..transforms import needs_plain_operators
 from . import cpu
@@ -26,14 +26,15 @@ def _is_loaded() -> bool:
 def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether ``attend`` takes these: alike but for the number of tokens, on a CPU, in float32 or bfloat16.
 
-    Where a gradient is asked for, PyTorch's own attention is faster, and this is False; in compiled code it is not.
+    False where a gradient is asked for: then PyTorch's own attention, which keeps what that needs, is faster. But not
+    while a program is exported, which is for inference more often than for training; there it is differentiable.
     """
     for t in (q, k, v):
         alike = t.dtype == q.dtype and t.shape[:2] == q.shape[:2] and t.shape[3] == q.shape[3]
         if not (alike and t.device.type == "cpu" and t.dtype in cpu.DTYPES):
             return False
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if learns and not torch.compiler.is_compiling():
+    if learns and not torch.compiler.is_exporting():
         return False
     return k.shape[2] > 0 and not needs_plain_operators() and _is_loaded()
 
@@ -68,5 +69,7 @@ def beats_pytorch(heads: int, size: int, dtype: torch.dtype) -> bool:
 def _beats_pytorch(heads: int, size: int, dtype: torch.dtype, threads: int) -> bool:
     if dtype not in cpu.DTYPES or not _is_loaded():
         return False
-    q, k, v = torch.full((1, cpu.TOKENS, 3, heads, size), 0.01, dtype=dtype, device="cpu").permute(2, 0, 3, 1, 4)
-    return cpu.beats(lambda: attend(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v))
+    # Asked by a forward, which may be under export, with tensors that hold nothing, or under autocast.
+    with _disable_current_modes(), torch.autocast("cpu", enabled=False):
+        q, k, v = torch.full((1, cpu.TOKENS, 3, heads, size), 0.01, dtype=dtype, device="cpu").permute(2, 0, 3, 1, 4)
+        return cpu.beats(lambda: attend(q, k, v), lambda: F.scaled_dot_product_attention(q, k, v))

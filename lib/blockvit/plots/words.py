@@ -18,7 +18,7 @@ LAYERS = {"2304x768": "qkv", "768x768": "out_proj", "3072x768": "mlp.0", "768x30
 
 _BACKENDS = {
     "cpu": "our kernel",
-    "cpu+dense": "our kernel in every layer",
+    "cpu+dense": "our kernels throughout",
     "gather": "our fallback",
     "triton": "our kernel",
     "triton+mlp": "our kernels",

@@ -128,8 +128,8 @@ class DeviceGrid:
     def cases(self) -> list[ModelCase]:
         """The cells in the order of importance, each once: what README tells of comes first.
 
-        Before the rest of the grid stands the dense model wholly on our kernel: it tells what of a speedup is the
-        kernel's and what that of sparsity.
+        Before the rest of the grid stands the dense model wholly on our kernels: it tells what of a speedup is
+        theirs and what that of sparsity.
         """
         grid = [(scope, s, block) for s, scope, block in product(self.sparsities, self.scopes, self.block_sizes)]
         *others, sampled = self._at_90()
