@@ -15,22 +15,37 @@ ROOT = Path(__file__).parents[1]
 STORE = Store(ROOT / "data" / "results")
 README = (ROOT / "README.md").read_text()
 PROFILES = ROOT / "notebooks" / "profiles"
-TWELVE_EPOCHS = yaml.safe_load((PROFILES / "cifar10_cpu.yaml").read_text())["all"]["recipe"]
+TWELVE_EPOCHS, FORTY_EIGHT_EPOCHS = (
+    yaml.safe_load((PROFILES / f"{profile}.yaml").read_text())["all"]["recipe"]
+    for profile in ("cifar10_cpu", "cifar10_cpu_long")
+)
+HERE = {"dataset": "cifar10-jpeg", "block_size": 32, "sparsity": 0.9}
 UNTAUGHT = "epochs=6 method=magnitude sparsity_schedule=cubic start=dense"
 TAUGHT = f"distillation_alpha=0.5 {UNTAUGHT}"
 
 
 def test_accuracies_from_a_trained_model():
     rows = STORE.read("accuracy")
-    here = {"dataset": "cifar10-jpeg", "block_size": 32, "sparsity": 0.9}
-    cells = where(losses.points_lost(losses.of_recipe(rows, TWELVE_EPOCHS)), **here).set_index("variant")
-    rows = losses.with_variants(losses.of_recipe(where(rows, **here), TWELVE_EPOCHS))
+    cells = where(losses.points_lost(losses.of_recipe(rows, TWELVE_EPOCHS)), **HERE).set_index("variant")
+    rows = losses.with_variants(losses.of_recipe(where(rows, **HERE), TWELVE_EPOCHS))
     one_seed = where(rows, variant=UNTAUGHT, seed=0, metric="top1")["value"].iloc[0]
     assert cells.loc[[TAUGHT, UNTAUGHT], "seeds"].tolist() == [1, 2]
     assert f"{cells.loc['', 'top1']:.1f}" == f"{cells.loc[losses.FROZEN, 'top1']:.1f}", "learnt as random"
     told = re.search(r"\*\*No run shows yet .*?\n\n", README, re.DOTALL)[0]
     held = [cells.loc[UNTAUGHT, "top1"], cells.loc[TAUGHT, "top1"], one_seed, cells.loc["", "top1"]]
     assert re.findall(r"(\d+\.\d)%", told) == [f"{top1:.1f}" for top1 in (*held, cells.loc[TAUGHT, "dense_top1"])]
+
+
+def test_what_longer_training_brings_back():
+    rows = STORE.read("accuracy")
+    short, long = (
+        where(losses.points_lost(losses.of_recipe(rows, recipe)), **HERE).set_index("variant")
+        for recipe in (TWELVE_EPOCHS, FORTY_EIGHT_EPOCHS)
+    )
+    assert long.loc["", ["seeds", "dense_seeds"]].tolist() == [1, 1]
+    (told,) = re.findall(r"Trained four times as long .*?\n\n", README, re.DOTALL)
+    held = [long.loc["", "dense_top1"], long.loc["", "top1"], long.loc["", "lost"], short.loc["", "lost"]]
+    assert re.findall(r"\d+\.\d", told) == [f"{number:.1f}" for number in held]
 
 
 def test_rounds_behind_a_speedup():
