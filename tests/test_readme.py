@@ -45,6 +45,9 @@ def test_what_longer_training_brings_back():
     assert long.loc["", ["seeds", "dense_seeds"]].tolist() == [1, 1]
     (told,) = re.findall(r"Trained four times as long .*?\n\n", README, re.DOTALL)
     held = [long.loc["", "dense_top1"], long.loc["", "top1"], long.loc["", "lost"], short.loc["", "lost"]]
+    apart, error = losses.difference(long.loc[""], long.loc[losses.FROZEN])
+    held += [long.loc[losses.FROZEN, "top1"], apart]
+    assert abs(apart) < 2 * error, "no difference yet"
     assert re.findall(r"\d+\.\d", told) == [f"{number:.1f}" for number in held]
 
 
